@@ -1,0 +1,22 @@
+"""p(y given the model's output z), and the Fisher information in z."""
+
+from natgrad.likelihoods.base import Likelihood, Outputs, Targets
+from natgrad.likelihoods.bernoulli import Bernoulli
+from natgrad.likelihoods.categorical import Categorical
+from natgrad.likelihoods.diagonal import DiagonalLikelihood
+from natgrad.likelihoods.gaussian import Gaussian, HeteroscedasticGaussian
+from natgrad.likelihoods.losses import likelihood_from
+from natgrad.likelihoods.poisson import Poisson
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "DiagonalLikelihood",
+    "Gaussian",
+    "HeteroscedasticGaussian",
+    "Likelihood",
+    "Outputs",
+    "Poisson",
+    "Targets",
+    "likelihood_from",
+]

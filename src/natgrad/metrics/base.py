@@ -1,0 +1,132 @@
+"""What a metric is: a recipe for F̂, and the running estimate of it that one training run keeps."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from natgrad.errors import ConfigError
+from natgrad.operators import LinearOperator, ParameterSpace
+from natgrad.tape.passes import SignalPass
+
+Kind = Literal["mc", "exact", "empirical", "rademacher"]
+KINDS = ("mc", "exact", "empirical", "rademacher")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One micro-batch's curvature pass.
+
+    Attributes:
+        passes: one signal pass for each signal; read once, in order.
+        examples: the number of examples.
+        step: the step that it belongs to.
+        first: whether it is the first micro-batch of its step; the others join it without decay.
+        additive: whether the loss sums over examples, so that micro-batches add up rather than average.
+    """
+
+    passes: Iterator[SignalPass]
+    examples: int
+    step: int
+    first: bool
+    additive: bool
+
+    @property
+    def weight(self) -> float:
+        """What this micro-batch weighs in an average over examples."""
+        return float(self.examples)
+
+    @property
+    def curvature_weights(self) -> tuple[float, float]:
+        """(numerator, denominator) of Σ S Sᵀ: an average over examples, or a sum over a step's micro-batches."""
+        if self.additive:
+            return 1.0, float(self.first)
+        return self.weight, self.weight
+
+
+@dataclass(frozen=True)
+class Metric(abc.ABC):
+    """A recipe for the Fisher information F̂: which representation, from which signals, averaged how.
+
+    A metric is immutable and may be shared by several optimisers; what a run estimates lives in `Estimate`.
+    """
+
+    @abc.abstractmethod
+    def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
+        """A fresh estimate for these parameters.
+
+        Raises:
+            ConfigError: the representation would not fit these parameters.
+        """
+
+
+class Estimate(abc.ABC):
+    """The running estimate F̂ ← εF̂ + (1−ε)F_batch of one run, and its damped solves.
+
+    Attributes:
+        space: the parameters that it was started for.
+        kind: which signals it wants, or None if it wants none.
+        stages: block → factor → which stage of the fallback the last factorisation took.
+    """
+
+    kind: Kind | None = None
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self.space = ParameterSpace.of(parameters)
+        self.stages: dict[str, dict[str, str]] = {}
+
+    @abc.abstractmethod
+    def covers(self, name: str) -> bool:
+        """Whether F̂ holds curvature for this parameter."""
+
+    @abc.abstractmethod
+    def due(self, step: int) -> bool:
+        """Whether this step's batch should be observed."""
+
+    @abc.abstractmethod
+    def observe(self, observation: Observation) -> None:
+        """F̂ ← εF̂ + (1−ε)F_batch. Touches neither a parameter nor a gradient."""
+
+    @abc.abstractmethod
+    def operator(self) -> LinearOperator:
+        """F̂ on the covered parameters, without damping.
+
+        Raises:
+            StepError: nothing was observed yet.
+        """
+
+    @abc.abstractmethod
+    def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
+        """(F̂ + λI)⁻¹ ∇h on the covered parameters, with cached factorisations refreshed when they are due.
+
+        Raises:
+            StepError: nothing was observed yet.
+            NonFiniteError, NotPositiveDefiniteError: a factor can't be factorised.
+        """
+
+    @abc.abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Averages and caches, so that a restored run goes on bit for bit."""
+
+    @abc.abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+
+
+def check_kind(kind: str) -> None:
+    """Raises ConfigError unless it is a known kind of signal."""
+    if kind not in KINDS:
+        raise ConfigError(
+            f"unknown kind of Fisher information {kind!r}; choose one of {', '.join(map(repr, KINDS))}"
+        )
+
+
+def check_decay(decay: float) -> None:
+    """Raises ConfigError unless 0 ≤ ε < 1."""
+    if not 0.0 <= decay < 1.0:
+        raise ConfigError(f"decay={decay} must lie in [0, 1)")

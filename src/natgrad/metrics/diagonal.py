@@ -1,0 +1,136 @@
+"""The diagonal of the Fisher information: true, Monte-Carlo or empirical."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from natgrad.errors import StepError
+from natgrad.metrics.average import Weight, accumulate
+from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
+from natgrad.metrics.refresh import Refresh
+from natgrad.operators import Diagonal as DiagonalOperator
+from natgrad.operators import LinearOperator
+from natgrad.tape.passes import merged
+
+# Per-example gradients of a layer with shared positions are formed this many numbers at a time.
+CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class Diagonal(Metric):
+    """diag F: the mean of squared per-example scores, without their products across coordinates.
+
+    Attributes:
+        kind: the signals: sampled from the model ("mc"), every output column ("exact"), or real gradients
+            ("empirical").
+        decay: ε of the running average.
+        refresh: observe every so many steps; adapted to how fast the diagonal moves if None.
+        root: solve with the square root, (√F̂ + λ)⁻¹, as Adam does, rather than with (F̂ + λ)⁻¹.
+    """
+
+    kind: Kind = "mc"
+    decay: float = 0.95
+    refresh: int | None = 1
+    root: bool = False
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        check_decay(self.decay)
+        Refresh(self.refresh)
+
+    def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
+        """An estimate of the diagonal for the linear maps and convolutions among the parameters."""
+        return _DiagonalEstimate(self, parameters)
+
+
+class _DiagonalEstimate(Estimate):
+    def __init__(self, metric: Diagonal, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self._metric = metric
+        self.kind = metric.kind
+        self._refresh = Refresh(metric.refresh)
+        self._totals: dict[str, Tensor] = {}
+        self._weight = Weight()
+
+    def covers(self, name: str) -> bool:
+        return name in self._totals
+
+    def due(self, step: int) -> bool:
+        return self._refresh.due(step)
+
+    def observe(self, observation: Observation) -> None:
+        decay = self._metric.decay if observation.first else 1.0
+        numerator, denominator = observation.curvature_weights
+        fresh = set(self._totals)
+        for signal_pass in observation.passes:
+            for block, records in signal_pass.records(self.parameters).items():
+                inputs, signals = merged(records)
+                squares = _squares(inputs, signals)
+                split = {block.weight: squares}
+                if block.bias is not None:
+                    split = {block.weight: squares[..., :-1], block.bias: squares[..., -1]}
+                for name, value in split.items():
+                    value = value.reshape(self.parameters[name].shape)
+                    if name not in self._totals:
+                        self._totals[name] = value * numerator
+                    else:
+                        accumulate(self._totals[name], value, decay if name in fresh else 1.0, numerator)
+                    fresh.discard(name)  # further columns of an exact pass join without decay
+        self._weight.add(denominator, decay)
+        self._refresh.took(observation.step)
+        self._refresh.observed(self._totals)
+
+    def _values(self) -> dict[str, Tensor]:
+        if not self._totals:
+            raise StepError(
+                "the diagonal was not observed yet: run a forward pass and the loss before step()"
+            )
+        return {name: total / self._weight.total for name, total in self._totals.items()}
+
+    def operator(self) -> LinearOperator:
+        values = self._values()
+        return DiagonalOperator(self.space.restrict(values), values)
+
+    def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
+        values = self._values()
+        if self._metric.root:
+            values = {name: value.sqrt_() for name, value in values.items()}
+        return {
+            name: gradient[name] / value.add_(damping) for name, value in values.items() if name in gradient
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "totals": dict(self._totals),
+            "weight": self._weight.total,
+            "refresh": self._refresh.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._totals = {name: total.clone() for name, total in state["totals"].items()}
+        self._weight = Weight(state["weight"])
+        self._refresh.load_state_dict(state["refresh"])
+
+
+def _squares(
+    inputs: Float[Tensor, "batch shared groups columns"],
+    signals: Float[Tensor, "batch shared groups outputs"],
+) -> Float[Tensor, "groups outputs columns"]:
+    """Σₙ (Σ_s gₙₛ ãₙₛᵀ)², elementwise."""
+    batch, shared, groups, columns = inputs.shape
+    outputs = signals.shape[-1]
+    if shared == 1:  # the square of an outer product is the outer product of squares: no per-example gradient
+        a, g = inputs[:, 0].square(), signals[:, 0].square()
+        return torch.einsum("ngo,ngi->goi", g, a)
+    total = inputs.new_zeros(groups, outputs, columns)
+    step = max(1, CHUNK // (groups * outputs * columns))
+    for start in range(0, batch, step):
+        a, g = inputs[start : start + step], signals[start : start + step]
+        total += torch.einsum("nsgo,nsgi->ngoi", g, a).square_().sum(0)
+    return total

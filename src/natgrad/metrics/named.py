@@ -1,0 +1,33 @@
+"""Metrics by name."""
+
+from __future__ import annotations
+
+from natgrad.errors import ConfigError, UnknownNameError
+from natgrad.metrics.base import Metric
+from natgrad.metrics.dense import Dense
+from natgrad.metrics.diagonal import Diagonal
+from natgrad.metrics.euclidean import Euclidean
+from natgrad.metrics.kfac import KFAC
+
+METRICS: dict[str, type[Metric]] = {
+    "dense": Dense,
+    "diagonal": Diagonal,
+    "euclidean": Euclidean,
+    "kfac": KFAC,
+}
+
+
+def metric_from(metric: str | Metric) -> Metric:
+    """A metric from its name, with its default options; a metric is returned as it is.
+
+    Raises:
+        UnknownNameError: no metric has this name; the message offers the nearest.
+        ConfigError: neither a name nor a metric.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if not isinstance(metric, str):
+        raise ConfigError(f"metric must be a name or a natgrad metric such as natgrad.KFAC(), not {metric!r}")
+    if metric not in METRICS:
+        raise UnknownNameError("metric", metric, METRICS)
+    return METRICS[metric]()

@@ -1,0 +1,7 @@
+"""The one optimiser."""
+
+from natgrad.optim.coverage import Coverage, CoverageRow
+from natgrad.optim.info import StepInfo
+from natgrad.optim.natural import NaturalGradient
+
+__all__ = ["Coverage", "CoverageRow", "NaturalGradient", "StepInfo"]

@@ -1,0 +1,125 @@
+"""Parameters by name, in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from natgrad.errors import ConfigError, EmptyError, ModelChangedError
+from natgrad.metrics import Metric, metric_from
+from natgrad.steps.penalty import L2, check_decay
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trainable parameter and the index of its group."""
+
+    name: str
+    parameter: nn.Parameter
+    group: int
+
+
+class Membership:
+    """Which trainable parameter is where; notices when the model changes.
+
+    Args:
+        model: the model.
+        params: parameters or groups of them, as torch's optimisers take; all trainable ones if None.
+        metric: the metric of groups that name none.
+        weight_decay: that of groups that name none.
+
+    Attributes:
+        groups: option dictionaries for `torch.optim.Optimizer`, with their parameters.
+        members: name → member, in the model's order.
+        metrics: one for each group; equal ones are one object.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None,
+        metric: str | Metric,
+        weight_decay: float | L2,
+    ) -> None:
+        self._model = model
+        names = {id(p): name for name, p in model.named_parameters()}
+        entries = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
+        if not entries:
+            raise EmptyError("the model has no trainable parameter; is every requires_grad False?")
+        given = entries if isinstance(entries[0], Mapping) else [{"params": entries}]
+        default = metric_from(metric)
+        self.groups: list[dict[str, Any]] = []
+        self.metrics: list[Metric] = []
+        found: dict[str, Member] = {}
+        for index, entry in enumerate(given):
+            group = dict(entry)
+            own = group.pop("metric", None)
+            self.metrics.append(default if own is None else metric_from(own))
+            members = group["params"]
+            members = [members] if isinstance(members, Tensor) else list(members)
+            group["params"] = [p for p in members if p.requires_grad]
+            for p in group["params"]:
+                if id(p) not in names:
+                    raise ConfigError(
+                        f"group {index} holds a parameter of shape {tuple(p.shape)} that is not the model's"
+                    )
+                found[names[id(p)]] = Member(names[id(p)], p, index)
+            decay = group.pop("weight_decay", weight_decay)
+            if not isinstance(decay, L2):
+                check_decay(decay)
+            group["weight_decay"] = 0.0 if isinstance(decay, L2) else float(decay)
+            group["l2"] = decay.strength if isinstance(decay, L2) else 0.0
+            group.setdefault("frozen", False)
+            self.groups.append(group)
+        if not found:
+            raise EmptyError("no group holds a trainable parameter; is every requires_grad False?")
+        self.members = {name: found[name] for name in names.values() if name in found}
+        self._left_out = {key for key, name in names.items() if name not in found}
+        self._trainable_left_out = {
+            id(p) for p in model.parameters() if p.requires_grad and id(p) in self._left_out
+        }
+        self._shapes = {name: m.parameter.shape for name, m in self.members.items()}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name → parameter."""
+        return {name: member.parameter for name, member in self.members.items()}
+
+    def by_metric(self) -> list[tuple[Metric, dict[str, nn.Parameter]]]:
+        """Each distinct metric with all of its parameters, whichever groups they are in."""
+        result: list[tuple[Metric, dict[str, nn.Parameter]]] = []
+        for name, member in self.members.items():
+            metric = self.metrics[member.group]
+            for known, parameters in result:
+                if known == metric:
+                    parameters[name] = member.parameter
+                    break
+            else:
+                result.append((metric, {name: member.parameter}))
+        return result
+
+    def check_unchanged(self) -> None:
+        """Raises ModelChangedError if a trainable parameter joined, left or changed shape since construction."""
+        present: set[int] = set()
+        for name, p in self._model.named_parameters():
+            present.add(id(p))
+            member = self.members.get(name)
+            if member is not None and member.parameter is p:
+                if p.shape != self._shapes[name]:
+                    raise ModelChangedError(
+                        f"{name} changed its shape from {tuple(self._shapes[name])} to {tuple(p.shape)} after the "
+                        "optimiser was built; build a new one"
+                    )
+            elif p.requires_grad and id(p) not in self._trainable_left_out:
+                raise ModelChangedError(
+                    f"{name} became trainable after the optimiser was built, so it would never be updated; "
+                    "build the optimiser after the model is complete"
+                )
+        gone = [name for name, member in self.members.items() if id(member.parameter) not in present]
+        if gone:
+            raise ModelChangedError(
+                f"{', '.join(gone)} left the model after the optimiser was built; build a new one"
+            )

@@ -1,0 +1,70 @@
+"""Saving a run and going on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from natgrad.errors import StateError
+from natgrad.optim.info import StepInfo
+
+if TYPE_CHECKING:
+    from natgrad.optim.natural import NaturalGradient
+
+VERSION = 1
+
+
+def save_state(optimizer: NaturalGradient, base: dict[str, Any]) -> dict[str, Any]:
+    """The base class' state dict with everything that natgrad keeps beside it."""
+    curvature = optimizer._curvature
+    fallback = curvature.fallback_optimizer
+    base["natgrad"] = {
+        "version": VERSION,
+        "shapes": {name: tuple(p.shape) for name, p in optimizer._members.parameters.items()},
+        "metrics": [repr(metric) for metric, _, _ in curvature.estimates],
+        "step": optimizer._step,
+        "batch": optimizer._batch,
+        "skipped": optimizer._skipped,
+        "damping": optimizer.damping,
+        "generator": curvature.generator.get_state(),
+        "estimates": [estimate.state_dict() for _, estimate, _ in curvature.estimates],
+        "blocks": [dict(tape.blocks) for _, _, tape in curvature.estimates],
+        "uncovered": [dict(tape.uncovered) for _, _, tape in curvature.estimates],
+        "fallback": None if fallback is None else (curvature.fallback_names, fallback.state_dict()),
+    }
+    base["natgrad"]["blocks"] = [
+        {name: vars(block).copy() for name, block in blocks.items()} for blocks in base["natgrad"]["blocks"]
+    ]
+    return base
+
+
+def load_state(
+    optimizer: NaturalGradient, state: Mapping[str, Any], load_base: Callable[[dict[str, Any]], None]
+) -> None:
+    """Restores what `save_state` gave; checks that it fits before anything is changed."""
+    own = state.get("natgrad")
+    if own is None:
+        raise StateError('this state has no "natgrad" entry: it was saved by another optimiser')
+    if own.get("version") != VERSION:
+        raise StateError(f"this state has version {own.get('version')}; this natgrad reads version {VERSION}")
+    shapes = {name: tuple(p.shape) for name, p in optimizer._members.parameters.items()}
+    if own["shapes"] != shapes:
+        differ = [n for n in {**own["shapes"], **shapes} if own["shapes"].get(n) != shapes.get(n)]
+        raise StateError(
+            "this state belongs to another model: "
+            + "; ".join(
+                f"{n} is {own['shapes'].get(n, 'absent')} there and {shapes.get(n, 'absent')} here"
+                for n in differ[:4]
+            )
+        )
+    metrics = [repr(metric) for metric, _, _ in optimizer._curvature.estimates]
+    if own["metrics"] != metrics:
+        raise StateError(f"this state was saved with the metrics {own['metrics']}, not {metrics}")
+    try:
+        load_base({key: value for key, value in state.items() if key != "natgrad"})
+    except ValueError as error:
+        raise StateError(f"this state does not fit the parameter groups: {error}") from error
+    optimizer._step, optimizer._batch, optimizer._skipped = own["step"], own["batch"], own["skipped"]
+    optimizer.damping = own["damping"]
+    optimizer.info = StepInfo(step=own["step"], damping=own["damping"], skipped=own["skipped"])
+    optimizer._curvature.load(own)

@@ -1,0 +1,19 @@
+"""The quadratic model, and the strategies that choose λ, α and μ."""
+
+from natgrad.steps.damping import ConstantDamping, Damping, LevenbergMarquardt, damping_from
+from natgrad.steps.penalty import L2
+from natgrad.steps.quadratic import QuadraticModel
+from natgrad.steps.size import AdaptiveStep, FixedStep, StepSize, step_size_from
+
+__all__ = [
+    "L2",
+    "AdaptiveStep",
+    "ConstantDamping",
+    "Damping",
+    "FixedStep",
+    "LevenbergMarquardt",
+    "QuadraticModel",
+    "StepSize",
+    "damping_from",
+    "step_size_from",
+]

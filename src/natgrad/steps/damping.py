@@ -1,0 +1,95 @@
+"""λ: how far the quadratic model is trusted."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+
+from natgrad.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Damping(abc.ABC):
+    """Decides λ. The value itself is kept by the optimiser."""
+
+    initial: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.initial) and self.initial >= 0):
+            raise ConfigError(f"damping must be finite and at least 0; got {self.initial}")
+
+    @abc.abstractmethod
+    def due(self, step: int) -> bool:
+        """Whether the reduction ratio ρ is wanted after this step (it costs a forward pass)."""
+
+    @abc.abstractmethod
+    def update(self, damping: float, ratio: float) -> float:
+        """λ after a step with reduction ratio ρ = [h(θ+δ) − h(θ)] / [M(δ) − M(0)]."""
+
+
+@dataclass(frozen=True)
+class ConstantDamping(Damping):
+    """λ stays as it is."""
+
+    initial: float = 1e-3
+
+    def due(self, step: int) -> bool:
+        """Never: ρ is not needed."""
+        return False
+
+    def update(self, damping: float, ratio: float) -> float:
+        """λ, unchanged."""
+        return damping
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt(Damping):
+    """The Levenberg–Marquardt rule, Martens & Grosse 2015, §6.5.
+
+    Attributes:
+        initial: λ at the start, in nats per parameter².
+        decay: ω₁, what a step of good agreement leaves of λ.
+        period: T₁, steps between two measurements of ρ.
+        least: λ never falls below it.
+        greatest: λ never rises above it.
+    """
+
+    initial: float = 1.0
+    decay: float = 0.9  # ω₁
+    period: int = 5  # T₁
+    least: float = 1e-6
+    greatest: float = 1e6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.decay < 1:
+            raise ConfigError(f"decay={self.decay} must lie in (0, 1)")
+        if self.period < 1:
+            raise ConfigError(f"period={self.period} must be at least 1 step")
+
+    def due(self, step: int) -> bool:
+        """Every `period` steps."""
+        return step % self.period == 0
+
+    def update(self, damping: float, ratio: float) -> float:
+        """λω where ρ > ¾, λ/ω where ρ < ¼, and more at once where the loss rose."""
+        factor = self.decay**self.period
+        if not math.isfinite(ratio) or ratio < 0:
+            damping = damping / factor**2
+        elif ratio > 0.75:
+            damping = damping * factor
+        elif ratio < 0.25:
+            damping = damping / factor
+        return min(max(damping, self.least), self.greatest)
+
+
+def damping_from(damping: float | Damping | None, adaptive: bool) -> Damping:
+    """A strategy from what the user gave; by default Levenberg–Marquardt where steps are adaptive, else constant."""
+    if isinstance(damping, Damping):
+        return damping
+    if damping is None:
+        return LevenbergMarquardt() if adaptive else ConstantDamping()
+    if not isinstance(damping, (int, float)):
+        raise ConfigError(f"damping must be a number or a natgrad.Damping, not {damping!r}")
+    return ConstantDamping(float(damping))

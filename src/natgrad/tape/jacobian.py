@@ -1,0 +1,138 @@
+"""Products with the model's Jacobian J = ∂z/∂θ on a batch, without touching the model.
+
+Forward mode: one pass carries z and J v together (Wengert's tangent). Nothing of the model changes: buffers are
+copies, so that a BatchNorm's running averages stay; random draws come from a forked generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from natgrad.errors import OutputError
+
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model and the loss were called with in one forward pass.
+
+    Attributes:
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+        targets: what the loss compared the outputs with, or None.
+        examples: how many examples there are.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    targets: Any
+    examples: int
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """The examples from start to stop: every tensor whose first dimension counts examples is cut."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.examples:
+                return value[start:stop]
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] % self.examples == 0:
+                rows = value.shape[0] // self.examples  # tokens flattened into the first dimension
+                return value[start * rows : stop * rows]
+            return value
+
+        return replace(
+            self,
+            args=tree_map(cut, self.args),
+            kwargs=tree_map(cut, dict(self.kwargs)),
+            targets=tree_map(cut, self.targets),
+            examples=stop - start,
+        )
+
+
+@contextmanager
+def _undisturbed(rng_state: Tensor | None) -> Iterator[None]:
+    """Random draws inside neither see nor move the user's stream (the CPU's; other devices keep theirs)."""
+    outer = torch.get_rng_state()
+    try:
+        if rng_state is not None:
+            torch.set_rng_state(rng_state)
+        yield
+    finally:
+        torch.set_rng_state(outer)
+
+
+def evaluate(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    batch: Batch,
+    find_outputs: Callable[[Any], Outputs],
+    rng_state: Tensor | None = None,
+) -> Outputs:
+    """The model's outputs on a batch at other parameters, in the model's present mode.
+
+    Args:
+        parameters: name → value, for those that differ from the model's own.
+        find_outputs: what the likelihood reads of what the model returns.
+        rng_state: the state that dropout starts from; the present one by default.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with _undisturbed(rng_state):
+        returned = functional_call(model, {**buffers, **parameters}, batch.args, dict(batch.kwargs))
+    return find_outputs(returned)
+
+
+def jacobian_products(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    batch: Batch,
+    tangents: Sequence[Mapping[str, Tensor]],
+    find_outputs: Callable[[Any], Outputs],
+) -> tuple[Outputs, list[Outputs]]:
+    """z and J v for several vectors v, by forward-mode differentiation.
+
+    Args:
+        parameters: name → value of the trainable parameters.
+        tangents: each a name → tangent; a parameter that is not named has tangent zero and costs nothing.
+
+    Returns:
+        The outputs, and for each tangent its image, shaped like the outputs.
+
+    Raises:
+        OutputError: an operation of the model has no forward-mode derivative.
+    """
+    outputs: Outputs = ()
+    images: list[Outputs] = []
+    state = torch.get_rng_state()
+    for tangent in tangents:
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = {
+                name: forward_ad.make_dual(value.detach(), tangent[name])
+                if name in tangent
+                else value.detach()
+                for name, value in parameters.items()
+            }
+            try:
+                dual = evaluate(model, duals, batch, find_outputs, state)
+            except NotImplementedError as error:
+                raise OutputError(
+                    "the adaptive step needs forward-mode derivatives, and an operation of the model has none "
+                    f"({error}); give lr= to do without them"
+                ) from error
+            unpacked = [forward_ad.unpack_dual(z) for z in dual]
+            outputs = tuple(u.primal.detach() for u in unpacked)
+            images.append(
+                tuple(
+                    (torch.zeros_like(u.primal) if u.tangent is None else u.tangent).detach()
+                    for u in unpacked
+                )
+            )
+    return outputs, images

@@ -1,0 +1,182 @@
+"""The tape: which parameters acted in a forward pass, on what, and with which back-propagated signals.
+
+It listens to torch functions, not to module classes: while it records, every call whose arguments hold a trainable
+parameter is seen. Calls that a rule covers become records; the others are listed, never silently skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from natgrad.tape.records import Block, LayerRecord
+from natgrad.tape.rules import RULES, Geometry, Use
+
+
+@dataclass(frozen=True)
+class Call:
+    """One covered call of the forward pass, still waiting for its signals."""
+
+    block: Block
+    geometry: Geometry
+    raw_inputs: Tensor
+    edge: GradientEdge
+    has_bias: bool
+
+
+class _Listener(TorchFunctionMode):
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._tape._heard(func, args, kwargs or {}, result)
+        return result
+
+
+class Tape:
+    """Records how the parameters of a model act.
+
+    Args:
+        parameters: name → parameter; only these are followed.
+
+    Attributes:
+        blocks: weight name → `Block`, for every block seen so far; it only grows.
+        uncovered: parameter name → the function that used it outside any rule.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._parameters = dict(parameters)
+        self.blocks: dict[str, Block] = {}
+        self.uncovered: dict[str, str] = {}
+        self._calls: list[Call] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[Tape]:
+        """Listens to a forward pass; what was recorded before is dropped."""
+        self._calls = []
+        with _Listener(self):
+            yield self
+
+    def records(
+        self,
+        outputs: Sequence[Tensor],
+        signals: Sequence[Tensor],
+        examples: int,
+        names: Iterable[str] | None = None,
+    ) -> list[LayerRecord]:
+        """Sends signals backwards from the outputs and returns each call's record.
+
+        No weight gradient is computed and no ``.grad`` is touched; the graph is kept for the user's backward pass.
+
+        Args:
+            outputs: the model's outputs, part of the recorded graph.
+            signals: a tensor of the same shape for each output.
+            examples: how many examples the batch holds.
+            names: names of the blocks wanted; all by default.
+        """
+        wanted = self.blocks.keys() if names is None else set(names)
+        calls = [call for call in self._calls if call.block.weight in wanted]
+        if not calls:
+            return []
+        live = [(z, s) for z, s in zip(outputs, signals, strict=True) if z.requires_grad]
+        gradients = torch.autograd.grad(
+            [z for z, _ in live],
+            [call.edge for call in calls],
+            [s for _, s in live],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return [
+            LayerRecord(call.block, call.geometry, call.raw_inputs, g.detach(), examples, call.has_bias)
+            for call, g in zip(calls, gradients, strict=True)
+            if g is not None
+        ]
+
+    def clear(self) -> None:
+        """Drops the recorded pass, and with it its graph."""
+        self._calls = []
+
+    def covers(self, name: str) -> bool:
+        """Whether curvature of a parameter is complete: it acted, and only by rules."""
+        return name not in self.uncovered and any(name in block.names for block in self.blocks.values())
+
+    def _heard(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        rule = RULES.get(func)
+        if rule is not None:
+            use = rule(*args, **kwargs)
+            if id(use.weight) in self._names:
+                self._note(use, result)
+                return
+        for tensor in _tensors((args, tuple(kwargs.values()))):
+            name = self._names.get(id(tensor))
+            if name is not None and _acts(func):
+                self.uncovered.setdefault(name, getattr(func, "__name__", str(func)))
+
+    def _note(self, use: Use, result: Tensor) -> None:
+        weight = self._names[id(use.weight)]
+        bias = None if use.bias is None else self._names.get(id(use.bias))
+        known = self.blocks.get(weight)
+        groups = use.geometry.groups
+        if known is None:
+            bias_taken = bias is not None and any(bias in b.names for b in self.blocks.values())
+            block = Block(
+                weight,
+                None if bias_taken else bias,
+                use.geometry.name,
+                groups,
+                use.weight[0].numel(),
+                use.weight.shape[0] // groups,
+            )
+            self.blocks[weight] = known = block
+        if (
+            bias is not None and bias != known.bias
+        ):  # a second bias on a shared weight has no place in the block
+            self.uncovered.setdefault(bias, f"{known.rule} with the weight of another block")
+        if isinstance(result, Tensor) and result.requires_grad:
+            # An edge, not the tensor: an in-place activation would move the tensor's place in the graph.
+            edge = get_gradient_edge(result)
+            self._calls.append(
+                Call(
+                    known, use.geometry, use.raw_input.detach(), edge, bias is not None and bias == known.bias
+                )
+            )
+
+
+_SILENT = {
+    "__get__",
+    "size",
+    "dim",
+    "numel",
+    "detach",
+    "requires_grad_",
+    "__set__",
+    "is_floating_point",
+    "__len__",
+}
+
+
+def _acts(func: Any) -> bool:
+    """Whether a function reads a parameter's values (asking for its shape or dtype does not count)."""
+    return getattr(func, "__name__", "") not in _SILENT
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        yield from _tensors(tuple(value.values()))
