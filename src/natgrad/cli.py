@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="two minutes: the deep autoencoder on real digits, then the page")
     demo.add_argument(
-        "--seconds", type=_positive, default=33.0, help="of training for each of three (default: %(default)g)"
+        "--seconds", type=_positive, default=30.0, help="of training for each of three (default: %(default)g)"
     )
     demo.add_argument(
         "--folder", type=Path, default=Path("races/demo"), help="where to write (default: %(default)s)"
@@ -186,7 +186,9 @@ def _demo(options: argparse.Namespace) -> int:
     from natgrad.lab.problems import load_problem
 
     problem = load_problem("mnist-autoencoder")
-    return _run(problem, ["natgrad", "adam", "sgd"], options.folder, None, options.seconds, (0,))
+    return _run(
+        problem, ["natgrad", "adam", "sgd"], options.folder, None, options.seconds, (0,), evaluate_every=5
+    )
 
 
 def _study(options: argparse.Namespace) -> int:

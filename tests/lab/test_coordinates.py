@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import natgrad
 from natgrad.lab.coordinates import (
     GaussianFit,
     follow,
@@ -19,10 +18,6 @@ from natgrad.lab.report import report_lines, write_report
 from natgrad.lab.runs import read_json
 from natgrad.lab.study import studies_from
 from natgrad.lab.whitening import Whitened, network_study, neuron_study
-
-needs_optimiser = pytest.mark.skipif(
-    not hasattr(natgrad, "NaturalGradient"), reason="the optimiser is not built yet"
-)
 
 
 def test_gradient_descent_takes_two_paths_and_the_natural_gradient_one() -> None:
@@ -100,7 +95,6 @@ def test_whitening_changes_the_inputs_and_keeps_the_function() -> None:
     assert torch.allclose(white.back(white.carried(weight)), weight)
 
 
-@needs_optimiser
 @pytest.mark.parametrize("study", [neuron_study, network_study])
 def test_whitening_moves_gradient_descent_and_not_the_natural_gradient(study: object) -> None:
     seen = study(12)  # type: ignore[operator]
@@ -108,7 +102,6 @@ def test_whitening_moves_gradient_descent_and_not_the_natural_gradient(study: ob
     assert seen.natural.distance < 1e-7
 
 
-@needs_optimiser
 def test_the_studys_page_has_both_pictures_and_the_numbers(tmp_path: Path) -> None:
     heard: list[str] = []
     studies = run_studies(tmp_path, heard.append)

@@ -26,13 +26,15 @@ from natgrad.lab.inspect import (
 
 
 def test_the_deep_autoencoder_costs_what_the_anchors_say() -> None:
-    """SGD 17 GFLOP a step at batch 1000 with every pass counted; factors 13, signals 5.7, inverses 5.5, solve 9."""
+    """SGD 17 GFLOP at batch 1000 with every pass counted, factors 13 (half by a symmetric kernel), signals 5.7,
+    inverses 5.5, preconditioning 9.
+    """
     sizes = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
     layers = [LayerShape(a, b, first=i == 0) for i, (a, b) in enumerate(itertools.pairwise(sizes))]
     whole = [LayerShape(layer.inputs, layer.outputs) for layer in layers]
     assert sum(sgd_flops(layer, 1000) for layer in whole) == pytest.approx(17e9, rel=0.01)
     assert sum(signal_flops(layer, 1000) for layer in whole) == pytest.approx(5.7e9, rel=0.01)
-    assert sum(factor_flops(layer, 1000) for layer in layers) == pytest.approx(13e9, rel=0.08)
+    assert sum(factor_flops(layer, 1000) for layer in layers) == pytest.approx(13e9 / 2, rel=0.08)
     assert sum(inverse_flops(layer) for layer in layers) == pytest.approx(5.5e9, rel=0.05)
     assert sum(precondition_flops(layer) for layer in layers) == pytest.approx(9e9, rel=0.05)
 

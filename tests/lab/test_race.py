@@ -15,7 +15,7 @@ from torch import nn
 from natgrad.errors import ConfigError, NonFiniteError, RunError, UnknownNameError
 from natgrad.lab import peers as peers_module
 from natgrad.lab import race as race_module
-from natgrad.lab.live import Lines, Silent
+from natgrad.lab.live import Bars, Lines, Silent
 from natgrad.lab.peers import Entrant, MuonWithAdamW, entrants, unavailable
 from natgrad.lab.plan import Budget
 from natgrad.lab.problems import Problem
@@ -51,7 +51,7 @@ def test_a_run_is_a_folder_that_says_everything(problem: Problem, fake: Entrant,
     assert "rho" in steps[0]
     assert "rho" not in steps[1]  # not measured on that step
     evaluations = [r for r in records if r["kind"] == "evaluation"]
-    assert [r["step"] for r in evaluations] == [0, 5, 10, 12]
+    assert [r["step"] for r in evaluations] == [0, 1, 2, 4, 5, 10, 12]
     assert {"excess", "test_loss", "test_accuracy"} <= set(evaluations[0])
     assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(steps))
     result = json.loads((run / "result.json").read_text())
@@ -156,6 +156,57 @@ def test_an_interrupted_race_goes_on_as_if_nothing_had_happened(
     assert not (run / "checkpoint.pt").exists()
 
 
+# torch imports its forward-mode decompositions through torch.jit.script, which it deprecates itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_natgrads_own_run_goes_on_where_it_was(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    natgrad = entrants(["natgrad"], problem)
+    monkeypatch.setattr(race_module, "_CHECKPOINT_EVERY", 0.0)
+    Race(problem, natgrad, tmp_path / "whole", Budget(steps=14)).run()
+    race = Race(problem, natgrad, tmp_path / "cut", Budget(steps=14))
+    with pytest.raises(KeyboardInterrupt):
+        race.run(Interrupting(9))
+    race.run()
+    whole, cut = (read_race(tmp_path / name)[1][0] for name in ("whole", "cut"))
+    assert [r["step"] for r in cut.steps] == list(range(1, 15))
+    for key in ("loss", "damping", "alpha", "momentum", "rho"):  # to the last bit is the optimiser's own law
+        mine, theirs = ([r[key] for r in run.steps if key in r] for run in (cut, whole))
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert {"damping", "alpha", "momentum"} <= set(whole.steps[0])
+    assert any("rho" in r for r in whole.steps)
+
+
+def test_a_checkpoint_that_does_not_fit_means_a_fresh_start(
+    problem: Problem, fake: Entrant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race_module, "_CHECKPOINT_EVERY", 0.0)
+    race = Race(problem, (fake,), tmp_path / "cut", Budget(steps=8))
+    with pytest.raises(KeyboardInterrupt):
+        race.run(Interrupting(5))
+    path = tmp_path / "cut" / "runs" / "natgrad-seed0" / "checkpoint.pt"
+    state = torch.load(path)
+    del state["optimizer"]["count"]  # as another version would have it
+    torch.save(state, path)
+    race.run()
+    Race(problem, (fake,), tmp_path / "whole", Budget(steps=8)).run()
+    whole, cut = (read_race(tmp_path / name)[1][0] for name in ("whole", "cut"))
+    assert [r["loss"] for r in cut.steps] == [r["loss"] for r in whole.steps]
+
+
+def test_a_run_that_cannot_even_start_is_told_in_the_bars(
+    problem: Problem, peers: tuple[Entrant, ...], tmp_path: Path
+) -> None:
+    def impossible(*arguments: Any) -> Any:
+        raise ConfigError("not with this model")
+
+    stream = io.StringIO()
+    field = (Entrant("impossible", "impossible", impossible), *peers)
+    results = Race(problem, field, tmp_path, Budget(steps=2)).run(Bars(stream))
+    assert results["impossible-seed0"]["status"] == "failed"
+    assert "not with this model" in stream.getvalue()
+
+
 def test_a_torn_checkpoint_means_a_fresh_start(
     problem: Problem, fake: Entrant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +265,7 @@ def test_a_run_that_diverges_or_fails_does_not_stop_the_race(
         "diverged",
         "failed",
     ]
-    assert results["exploding-seed0"]["step"] == 2
+    assert results["exploding-seed0"]["step"] == 1
     assert results["refusing-seed0"]["message"] == "the loss of step 1 is nan"
     assert results["broken-seed0"]["message"] == "RuntimeError: size mismatch"
     assert results["adam-lr0.03-seed0"]["status"] == "finished"
@@ -328,8 +379,6 @@ def test_plain_lines_tell_the_race(problem: Problem, fake: Entrant, tmp_path: Pa
 
 
 def test_bars_draw_in_a_terminal(problem: Problem, fake: Entrant, tmp_path: Path) -> None:
-    from natgrad.lab.live import Bars
-
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -339,4 +388,4 @@ def test_bars_draw_in_a_terminal(problem: Problem, fake: Entrant, tmp_path: Path
     Race(problem, (fake, exploding), tmp_path, Budget(steps=4)).run(Bars(stream))
     assert "natgrad, seed 0" in stream.getvalue()
     assert "after 4 steps" in stream.getvalue()
-    assert "diverged at step 2" in stream.getvalue()
+    assert "diverged at step 1" in stream.getvalue()

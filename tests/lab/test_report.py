@@ -138,7 +138,7 @@ def test_losing_is_said_as_plainly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "headline", "ratio"),
     [
-        (0.5, 2.0, "no peer did within 20 s", "< 0.5"),
+        (0.5, 2.0, "no peer did within its 20 steps (20 s)", "< 0.5"),
         (2.0, 0.5, "natgrad lost: adam (rate 0.1) reached an excess of 1 nats in 20.0 s; natgrad did not", "> 0.5"),
         (2.0, 3.0, "Nobody reached an excess of 1 nats. The lowest excess at the end is natgrad’s: 2 nats.", "–"),
         (2.0, 1.5, "The lowest excess at the end is adam (rate 0.1)’s: 1.50 nats.", "–"),

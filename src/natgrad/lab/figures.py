@@ -56,6 +56,7 @@ def styled() -> Iterator[None]:
 
 def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
     figure = require("matplotlib.figure", "figures").Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.09, h_pad=0.06)
     axes = figure.subplots(1, columns, squeeze=False, **options)[0]
     return figure, list(axes)
 
@@ -91,8 +92,8 @@ def excess_figure(summary: Summary, quantity: str) -> Figure:
     if target is not None:
         axes.axhline(target, color=FAINT, linewidth=0.9, dashes=(4, 3), zorder=1)
         axes.annotate(
-            f"target {number(target)}", (0.995, target), xycoords=("axes fraction", "data"), xytext=(0, 3),
-            textcoords="offset points", ha="right", va="bottom", fontsize=9, color=FAINT,
+            f"target {number(target)}", (0.995, target), xycoords=("axes fraction", "data"), xytext=(0, -3),
+            textcoords="offset points", ha="right", va="top", fontsize=9, color=FAINT,
         )  # fmt: skip
         key = "steps" if quantity == "step" else "seconds"
         for standing in summary.standings:
@@ -132,8 +133,13 @@ def _line(axes: Axes, curve: Curve, colour: str, dash: Any, standing: Standing) 
 
 
 def _legend(axes: Axes, handles: list[Any]) -> None:
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(len(handles), 3),
-                borderaxespad=0.3, columnspacing=1.6)  # fmt: skip
+    """Above the axes, in as many columns as fit: a legend over the curves hides what it names."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = min(len(handles), 3 if longest <= 17 else 2)
+    axes.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, borderaxespad=0.3,
+        columnspacing=1.6,
+    )  # fmt: skip
 
 
 def _plain_decades(axes: Axes) -> None:
@@ -179,7 +185,7 @@ def adaptation_figure(summary: Summary) -> Figure | None:
             )
         if logarithmic and min(traces[lines[0][0]].low) > 0:  # type: ignore[union-attr]
             ax.set_yscale("log")
-            ax.yaxis.set_minor_locator(require("matplotlib.ticker", "figures").NullLocator())
+            _plain_decades(ax)
         if title.startswith("reduction"):
             _bounded(ax, traces["rho"])
         if len([key for key, _, _ in lines if traces[key] is not None]) > 1:

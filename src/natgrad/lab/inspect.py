@@ -55,12 +55,11 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often the parts of a K-FAC step are done, and on how much of the batch.
+    """How often the parts of a K-FAC step are done.
 
     Attributes:
         name: what the table calls it.
         factors_every, inverses_every: steps between refreshes.
-        factors_share: share of the batch that the factors are estimated from.
         tangents: directions of the quadratic model (0 with a given learning rate).
         tangents_share: share of the batch that they are pushed through.
     """
@@ -68,15 +67,14 @@ class Schedule:
     name: str
     factors_every: int = 1
     inverses_every: int = 5
-    factors_share: float = 1.0
     tangents: int = 2
     tangents_share: float = 0.25
 
 
-SCHEDULES = (
-    Schedule("no learning rate: factors each step from ¼ of the batch, inverses every 5", factors_share=0.25),
-    Schedule("lr= given: factors every 10 steps, inverses every 20", 10, 20, tangents=0),
-)
+START = Schedule("no learning rate, at the start: factors and inverses each step", inverses_every=1)
+SETTLED = Schedule("no learning rate, settled: both every 16 steps", factors_every=16, inverses_every=16)
+FIXED = Schedule("lr= given, factors every 10 steps, inverses every 20", 10, 20, tangents=0)
+SCHEDULES = (START, SETTLED, FIXED)  # natgrad adapts its periods between the first two
 
 
 def product_flops(layer: LayerShape, examples: int) -> float:
@@ -95,8 +93,8 @@ def signal_flops(layer: LayerShape, examples: int) -> float:
 
 
 def factor_flops(layer: LayerShape, examples: int) -> float:
-    """A = mean ã ãᵀ and G = Σ g gᵀ over the rows."""
-    return 2.0 * examples * layer.positions * layer.factor_elements
+    """A = mean ã ãᵀ and G = Σ g gᵀ over the rows, by a symmetric kernel: half of a full product."""
+    return 1.0 * examples * layer.positions * layer.factor_elements
 
 
 def inverse_flops(layer: LayerShape) -> float:
@@ -117,8 +115,7 @@ def tangent_flops(layer: LayerShape, examples: float, directions: int) -> float:
 
 def kfac_flops(layer: LayerShape, examples: int, schedule: Schedule) -> float:
     """One amortised step of natgrad beside the forward and backward pass that SGD does too."""
-    part = max(1, round(examples * schedule.factors_share))
-    statistics = signal_flops(layer, part) + factor_flops(layer, part)
+    statistics = signal_flops(layer, examples) + factor_flops(layer, examples)
     return (
         sgd_flops(layer, examples)
         + statistics / schedule.factors_every
@@ -339,10 +336,10 @@ def render(inspection: Inspection, width: int | None = None) -> str:
     table.add_column("rule")
     table.add_column("factors A and G")
     table.add_column("memory", size(memory), justify="right")
-    table.add_column("step ÷ SGD's", _ratio(inspection.ratio(SCHEDULES[0])) if sgd else "–", justify="right")
+    table.add_column("step ÷ SGD's", _ratio(inspection.ratio(SETTLED)) if sgd else "–", justify="right")
     for row in inspection.rows:
         cost = "" if row.layer is None else _ratio(
-            kfac_flops(row.layer, inspection.examples, SCHEDULES[0]) / sgd_flops(row.layer, inspection.examples)
+            kfac_flops(row.layer, inspection.examples, SETTLED) / sgd_flops(row.layer, inspection.examples)
         )  # fmt: skip
         style = "yellow" if row.factors == "–" else None
         shape = " × ".join(map(str, row.shape)) or "scalar"
@@ -356,7 +353,10 @@ def render(inspection: Inspection, width: int | None = None) -> str:
         lines.append(
             f"A step on {inspection.examples:,} examples, in matrix products: SGD {operations(sgd)}; natgrad"
         )
-        lines += [f"    {_ratio(inspection.ratio(s)):>6}  {s.name}" for s in SCHEDULES]
+        lines += [
+            f"    {_ratio(inspection.ratio(s)):>6}  {s.name}{' (the column above)' if s is SETTLED else ''}"
+            for s in SCHEDULES
+        ]
     lines += inspection.notes
     stream = io.StringIO()
     columns = width or shutil.get_terminal_size((110, 30)).columns

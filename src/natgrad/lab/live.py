@@ -180,6 +180,8 @@ class Bars(View):
 
     def finish(self, leg: Leg, result: Record) -> None:
         """Leaves the bar with how it ended."""
+        if leg.name not in self._tasks:  # it failed before it started
+            self.start(leg, 0.0)
         style = "red" if result["status"] != "finished" else "none"
         completed = {} if result["status"] != "finished" else {"completed": 1.0}
         self._bars.update(self._tasks[leg.name], told=f"[{style}]{ending(result)}[/]", **completed)

@@ -23,6 +23,11 @@ class Budget:
         if (self.steps or 1) < 1 or (self.seconds or 1.0) <= 0 or self.evaluate_every < 1:
             raise ConfigError("steps, seconds and evaluate_every must be positive")
 
+    def evaluates(self, step: int) -> bool:
+        """Whether the model is measured after a step: every so often, and closer at first, when most happens."""
+        early = {math.ceil(self.evaluate_every * share) for share in (0.1, 0.2, 0.4, 0.7)}
+        return step % self.evaluate_every == 0 or step in early
+
     def spent(self, step: int, seconds: float) -> float:
         """The fraction of the budget that is used up; 1 or more means the end."""
         return step / self.steps if self.steps is not None else seconds / (self.seconds or math.inf)

@@ -169,12 +169,12 @@ class Race:
 
     def _leg(self, leg: Leg, view: View) -> Record:
         """One run: skipped if finished, continued from its checkpoint if there is one, else from the start."""
-        model = self.problem.build(leg.seed)
+        parameters = self.problem.build(leg.seed).parameters()
         config = {
             "problem": self.problem.name, "optimizer": leg.entrant.name, "rate": leg.entrant.rate, "seed": leg.seed,
             "batch_size": self.examples_a_step, "steps": self.budget.steps, "seconds": self.budget.seconds,
             "evaluate_every": self.budget.evaluate_every, "loss": repr(self.problem.loss_fn),
-            "examples": len(self.problem.train[0]), "parameters": sum(p.numel() for p in model.parameters()),
+            "examples": len(self.problem.train[0]), "parameters": sum(p.numel() for p in parameters),
         }  # fmt: skip
         folder = RunFolder(self.folder / "runs" / leg.name, config)
         done = folder.result
@@ -184,7 +184,7 @@ class Race:
             return done
         state: Record = {"step": 0, "seconds": 0.0, "excess": math.nan}
         try:
-            _train(self.problem, leg, model, folder, self.budget, state, view)
+            _train(self.problem, leg, folder, self.budget, state, view)
             result = {"status": "finished", "message": ""}
         except (_Diverged, NonFiniteError, NotPositiveDefiniteError) as error:
             result = {"status": "diverged", "message": str(error)}
@@ -205,22 +205,25 @@ class _Diverged(ArithmeticError):
     """The batch loss is no longer a finite number."""
 
 
-def _train(
-    problem: Problem, leg: Leg, model: nn.Module, folder: RunFolder, budget: Budget, state: Record, view: View
-) -> None:
+def _train(problem: Problem, leg: Leg, folder: RunFolder, budget: Budget, state: Record, view: View) -> None:
     """Trains one leg to the end of its budget; `state` is kept current for whoever catches an error."""
     inputs, targets = problem.train
-    # An evaluation runs on a copy of model and loss: an optimiser that listens to forward passes (as natgrad does)
-    # must see the training batches only.
-    judge = _Judge(problem, copy.deepcopy(model))
-    loss_fn = copy.deepcopy(problem.loss_fn)
-    optimizer = leg.entrant.build(model, loss_fn, leg.entrant.rate, leg.seed)
-    torch.manual_seed(leg.seed)
     checkpoint = folder.load_checkpoint()
-    if checkpoint is not None:
-        checkpoint = _restored(checkpoint, model, optimizer, state)
-    if checkpoint is None and state["step"]:  # a state that did not fit half-changed model and optimiser
-        raise RunError(f"{folder.path} can't be continued; remove it and start again")
+    try:
+        model, loss_fn, optimizer = _prepared(problem, leg, checkpoint)
+    except Exception:
+        if checkpoint is None:
+            raise
+        checkpoint = (
+            None  # of another version, or a state that does not fit: the run starts again, from new objects
+        )
+        model, loss_fn, optimizer = _prepared(problem, leg, None)
+    if checkpoint is None:
+        torch.manual_seed(leg.seed)
+    else:
+        torch.set_rng_state(checkpoint["generator"])
+        state.update({k: checkpoint[k] for k in ("step", "seconds", "excess")})
+    judge = _Judge(problem, problem.build(leg.seed))
     folder.begin(checkpoint)
     view.start(leg, budget.spent(state["step"], state["seconds"]))
     if checkpoint is None:
@@ -248,7 +251,7 @@ def _train(
             raise _Diverged(f"the loss is {value} at step {state['step']}")
         spent = budget.spent(state["step"], state["seconds"])
         view.progress(leg, {**record, "excess": value - problem.floor, "each": seconds}, spent)
-        if state["step"] % budget.evaluate_every == 0 or spent >= 1:
+        if budget.evaluates(state["step"]) or spent >= 1:
             _evaluate(judge, model, folder, state, view, leg, spent)
         if time.perf_counter() - saved > _CHECKPOINT_EVERY:
             folder.save_checkpoint(
@@ -258,18 +261,16 @@ def _train(
             saved = time.perf_counter()
 
 
-def _restored(
-    checkpoint: Record, model: nn.Module, optimizer: torch.optim.Optimizer, state: Record
-) -> Record | None:
-    """Puts a checkpoint back. None if the optimiser would not take it: nothing has changed then."""
-    try:
+def _prepared(
+    problem: Problem, leg: Leg, checkpoint: Record | None
+) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """Model, loss and optimiser of a leg: as new, or as a checkpoint left them."""
+    model, loss_fn = problem.build(leg.seed), copy.deepcopy(problem.loss_fn)
+    optimizer = leg.entrant.build(model, loss_fn, leg.entrant.rate, leg.seed)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except Exception:
-        return None
-    model.load_state_dict(checkpoint["model"])
-    torch.set_rng_state(checkpoint["generator"])
-    state.update({k: checkpoint[k] for k in ("step", "seconds", "excess")})
-    return checkpoint
+    return model, loss_fn, optimizer
 
 
 def _evaluate(
@@ -285,7 +286,11 @@ def _evaluate(
 
 
 class _Judge:
-    """Measures a model on the whole training set, and on the test set if there is one."""
+    """Measures a model on the whole training set, and on the test set if there is one.
+
+    It works on a twin of the model and a copy of the loss: an optimiser that listens to forward passes (as natgrad
+    does) must see the training batches only.
+    """
 
     def __init__(self, problem: Problem, twin: nn.Module) -> None:
         self.problem, self.twin = problem, twin.eval()

@@ -92,11 +92,11 @@ def _headline(race: Record, standings: list[Standing]) -> str:
         tail = f"natgrad did not within {duration(length(ours, 'seconds'))}"
         return f"natgrad lost: {_who(peer)} reached {goal} in {duration(theirs)}; {tail}."
     if not math.isfinite(theirs):
-        spent = min(length(s, "seconds") for s in standings if not s.ours)
-        return (
-            f"{_who(ours)} reached {goal} in {duration(mine)} and {_count(median(ours, 'steps'))}; "
-            f"no peer did within {duration(spent)}."
-        )
+        rest = [s for s in standings if not s.ours]
+        spent = duration(min(length(s, "seconds") for s in rest))
+        steps = _count(min(length(s, "steps") for s in rest))
+        reached = f"{duration(mine)} and {_count(median(ours, 'steps'))}"
+        return f"{_who(ours)} reached {goal} in {reached}; no peer did within its {steps} ({spent})."
     if 0.95 <= mine / theirs <= 1.05:
         return f"{_who(ours)} and {_who(peer)} are level: both reached {goal} in about {duration(theirs)}."
     if mine < theirs:

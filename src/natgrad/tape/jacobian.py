@@ -6,6 +6,8 @@ copies, so that a BatchNorm's running averages stay; random draws come from a fo
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from natgrad.errors import OutputError
@@ -44,6 +47,9 @@ class Batch:
         def cut(value: Any) -> Any:
             if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.examples:
                 return value[start:stop]
+            return value
+
+        def cut_rows(value: Any) -> Any:
             if isinstance(value, Tensor) and value.dim() and value.shape[0] % self.examples == 0:
                 rows = value.shape[0] // self.examples  # tokens flattened into the first dimension
                 return value[start * rows : stop * rows]
@@ -53,7 +59,7 @@ class Batch:
             self,
             args=tree_map(cut, self.args),
             kwargs=tree_map(cut, dict(self.kwargs)),
-            targets=tree_map(cut, self.targets),
+            targets=tree_map(cut_rows, self.targets),
             examples=stop - start,
         )
 
@@ -90,6 +96,14 @@ def evaluate(
     return find_outputs(returned)
 
 
+@functools.cache
+def _load_forward_mode() -> None:
+    """torch compiles its forward-mode rules at first use, with a deprecation warning that no user can act on."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
 def jacobian_products(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
@@ -112,8 +126,10 @@ def jacobian_products(
     outputs: Outputs = ()
     images: list[Outputs] = []
     state = torch.get_rng_state()
+    _load_forward_mode()
     for tangent in tangents:
-        with torch.no_grad(), forward_ad.dual_level():
+        # Of attention's kernels only the plain one has a forward-mode derivative.
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             duals = {
                 name: forward_ad.make_dual(value.detach(), tangent[name])
                 if name in tangent

@@ -44,9 +44,9 @@ class SignalPass:
         """Per-example gradients Σ_outputs Jₙᵀ Sₙ of any parameters, a chunk of examples at a time.
 
         It needs no rule: one batched backward pass with the signals of one example in each. Dear, so it is for
-        parameters that no rule covers, in models that are small.
+        parameters that no rule covers, in models that are small. Zero for what needs no gradient any more.
         """
-        named = list(parameters.items())
+        named = [(name, p) for name, p in parameters.items() if p.requires_grad]
         for start in range(0, self.examples, chunk):
             rows = slice(start, min(start + chunk, self.examples))
             gradients = torch.autograd.grad(
@@ -61,11 +61,12 @@ class SignalPass:
                 allow_unused=True,
                 is_grads_batched=True,
             )
+            found = {name: g for (name, _), g in zip(named, gradients, strict=True) if g is not None}
             yield (
                 rows,
                 {
-                    name: p.new_zeros(rows.stop - rows.start, *p.shape) if g is None else g
-                    for (name, p), g in zip(named, gradients, strict=True)
+                    name: found[name] if name in found else p.new_zeros(rows.stop - rows.start, *p.shape)
+                    for name, p in parameters.items()
                 },
             )
 
@@ -86,4 +87,6 @@ def merged(records: list[LayerRecord]) -> Rows:
     signals = [record.grouped_signals() for record in records]
     if len(records) == 1:
         return inputs[0], signals[0]
+    if len({len(x) for x in inputs}) > 1:  # one use was not on the batch: then each row stands for itself
+        inputs, signals = ([rows.reshape(1, -1, *rows.shape[2:]) for rows in side] for side in (inputs, signals))
     return torch.cat(inputs, dim=1), torch.cat(signals, dim=1)

@@ -68,11 +68,11 @@ class ConvolutionGeometry(Geometry):
             (1, *v) if spatial == 1 else v for v in (self.kernel, self.stride, self.dilation)
         )
         patches = F.unfold(x, kernel, dilation=dilation, stride=stride)
-        return patches.transpose(1, 2)
+        return _by_example(patches.transpose(1, 2), examples)
 
     def signals(self, raw: Tensor, examples: int) -> Float[Tensor, "batch shared f"]:
         g = raw if raw.dim() == len(self.kernel) + 2 else raw.unsqueeze(0)
-        return g.flatten(2).transpose(1, 2)
+        return _by_example(g.flatten(2).transpose(1, 2), examples)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ class Tape:
         if not calls:
             return []
         live = [(z, s) for z, s in zip(outputs, signals, strict=True) if z.requires_grad]
+        if not live:
+            return []
         gradients = torch.autograd.grad(
             [z for z, _ in live],
             [call.edge for call in calls],
@@ -103,6 +105,15 @@ class Tape:
             for call, g in zip(calls, gradients, strict=True)
             if g is not None
         ]
+
+    def take(self) -> list[Call]:
+        """Hands the recorded pass over, so that the next one can be recorded before this one is read."""
+        calls, self._calls = self._calls, []
+        return calls
+
+    def put(self, calls: list[Call]) -> None:
+        """Makes a pass that was taken the present one again."""
+        self._calls = calls
 
     def clear(self) -> None:
         """Drops the recorded pass, and with it its graph."""
@@ -118,11 +129,11 @@ class Tape:
             use = rule(*args, **kwargs)
             if id(use.weight) in self._names:
                 self._note(use, result)
-                return
+                args, kwargs = (use.raw_input,), {}  # an input that is a parameter itself acts outside the rule
         for tensor in _tensors((args, tuple(kwargs.values()))):
             name = self._names.get(id(tensor))
-            if name is not None and _acts(func):
-                self.uncovered.setdefault(name, getattr(func, "__name__", str(func)))
+            if name is not None and _acts(result):
+                self.uncovered.setdefault(name, _name_of(func))
 
     def _note(self, use: Use, result: Tensor) -> None:
         weight = self._names[id(use.weight)]
@@ -154,22 +165,15 @@ class Tape:
             )
 
 
-_SILENT = {
-    "__get__",
-    "size",
-    "dim",
-    "numel",
-    "detach",
-    "requires_grad_",
-    "__set__",
-    "is_floating_point",
-    "__len__",
-}
+def _acts(result: Any) -> bool:
+    """Whether a call passed a parameter on to the graph; asking for its shape, or for a detached copy, does not."""
+    return any(tensor.grad_fn is not None for tensor in _tensors(result))
 
 
-def _acts(func: Any) -> bool:
-    """Whether a function reads a parameter's values (asking for its shape or dtype does not count)."""
-    return getattr(func, "__name__", "") not in _SILENT
+def _name_of(func: Any) -> str:
+    """A function's name; a property's, such as "T", where the call was ``Tensor.T.__get__``."""
+    name = getattr(func, "__name__", str(func))
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
