@@ -41,11 +41,17 @@ class Observation:
         return float(self.examples)
 
     @property
-    def curvature_weights(self) -> tuple[float, float]:
-        """(numerator, denominator) of Σ S Sᵀ: an average over examples, or a sum over a step's micro-batches."""
-        if self.additive:
-            return 1.0, float(self.first)
-        return self.weight, self.weight
+    def numerator(self) -> float:
+        """What this micro-batch's Σ S Sᵀ counts in its average."""
+        return 1.0 if self.additive else self.weight
+
+    def denominator(self, first: bool) -> float:
+        """What it adds to the total weight: its examples, or one for a step whose micro-batches add up.
+
+        Args:
+            first: whether it is the first micro-batch of its step that had something to add.
+        """
+        return float(first) if self.additive else self.weight
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,12 @@ class Estimate(abc.ABC):
     Attributes:
         space: the parameters that it was started for.
         kind: which signals it wants, or None if it wants none.
+        whole: whether it knows the curvature of every use of a parameter, by whatever function.
         stages: block → factor → which stage of the fallback the last factorisation took.
     """
 
     kind: Kind | None = None
+    whole: bool = False
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
@@ -103,6 +111,15 @@ class Estimate(abc.ABC):
     @abc.abstractmethod
     def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
         """(F̂ + λI)⁻¹ ∇h on the covered parameters, with cached factorisations refreshed when they are due.
+
+        Args:
+            gradient: ∇h by name. Covered parameters that are left out don't move; a representation that can restricts
+                F̂ to those that do.
+            damping: λ.
+            step: the present step.
+
+        Returns:
+            The solution, at least for the covered names of the gradient.
 
         Raises:
             StepError: nothing was observed yet.

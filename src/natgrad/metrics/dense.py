@@ -49,6 +49,8 @@ class Dense(Metric):
 
 
 class _DenseEstimate(Estimate):
+    whole = True
+
     def __init__(self, metric: Dense, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         first = next(iter(self.parameters.values()))
@@ -63,6 +65,7 @@ class _DenseEstimate(Estimate):
         self._total: Tensor | None = None
         self._weight = Weight()
         self._operator: DenseOperator | None = None
+        self._restricted: DenseOperator | None = None
 
     def covers(self, name: str) -> bool:
         return name in self.parameters
@@ -72,7 +75,7 @@ class _DenseEstimate(Estimate):
 
     def observe(self, observation: Observation) -> None:
         decay = self._metric.decay if observation.first else 1.0
-        numerator, denominator = observation.curvature_weights
+        self._weight.add(observation.denominator(observation.first), decay)
         if self._total is None:
             first = next(iter(self.parameters.values()))
             self._total = torch.zeros(
@@ -80,11 +83,11 @@ class _DenseEstimate(Estimate):
             )
         for signal_pass in observation.passes:
             for rows in self._rows(signal_pass):
-                accumulate_gram(self._total, rows, decay, numerator)
-                decay_done, decay = decay, 1.0
-                del decay_done
-        self._weight.add(denominator, self._metric.decay if observation.first else 1.0)
-        self._operator = None
+                accumulate_gram(self._total, rows, decay, observation.numerator)
+                decay = 1.0  # further columns and chunks join what is there
+        if decay != 1.0:  # every signal was zero, and so is this batch's F
+            self._total.mul_(decay)
+        self._operator = self._restricted = None
 
     def _rows(self, signal_pass: SignalPass) -> list[Float[Tensor, "batch P"]]:
         """Per-example scores in the order of flat vectors."""
@@ -93,19 +96,20 @@ class _DenseEstimate(Estimate):
             if not all(signal_pass.tape.covers(name) for name in block.names):
                 continue
             inputs, signals = merged(records)
+            if len(inputs) != signal_pass.examples:  # it acted on something that is not the batch
+                continue
             scores = torch.einsum("nsgo,nsgi->ngoi", signals, inputs)
-            weight, bias = scores, None
-            if block.bias is not None:
-                weight, bias = scores[..., :-1], scores[..., -1]
-            found[block.weight] = weight.flatten(1)
-            if block.bias is not None and bias is not None:
-                found[block.bias] = bias.flatten(1)
+            if block.bias is None:
+                found[block.weight] = scores.flatten(1)
+            else:
+                found[block.weight] = scores[..., :-1].flatten(1)
+                found[block.bias] = scores[..., -1].flatten(1)
         missing = {name: p for name, p in self.parameters.items() if name not in found}
         if not missing:
             return [torch.cat([found[name] for name in self.space.names], dim=1)]
         rows = []
-        for chunk, scores in signal_pass.scores(missing):
-            parts = {name: score.flatten(1) for name, score in scores.items()}
+        for chunk, rest in signal_pass.scores(missing):
+            parts = {name: score.flatten(1) for name, score in rest.items()}
             parts |= {name: score[chunk] for name, score in found.items()}
             rows.append(torch.cat([parts[name] for name in self.space.names], dim=1))
         return rows
@@ -120,12 +124,24 @@ class _DenseEstimate(Estimate):
         return self._operator
 
     def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
-        operator = self.operator()
-        solution = operator.solve(dict(gradient), damping)
-        assert isinstance(operator, DenseOperator)
+        self.operator()
+        operator = self._on([name for name in self.space.names if name in gradient])
+        solution = operator.solve({name: gradient[name] for name in operator.space.names}, damping)
         _, stage = operator.cholesky(damping)
         self.stages = {} if stage is Stage.CHOLESKY else {self.space.label: {"F": stage.value}}
-        return solution
+        return dict(solution)
+
+    def _on(self, names: list[str]) -> DenseOperator:
+        """F̂ restricted to the parameters that move; kept until the next observation."""
+        assert self._operator is not None
+        if len(names) == len(self.space.names):
+            return self._operator
+        if self._restricted is None or self._restricted.space.names != tuple(names):
+            index = torch.cat([torch.arange(self.space.numel)[self.space.slices[name]] for name in names])
+            index = index.to(self._operator.device)
+            matrix = self._operator.matrix[index[:, None], index]
+            self._restricted = DenseOperator(self.space.restrict(names), matrix)
+        return self._restricted
 
     def state_dict(self) -> dict[str, Any]:
         return {"total": self._total, "weight": self._weight.total}
@@ -133,4 +149,4 @@ class _DenseEstimate(Estimate):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._total = None if state["total"] is None else state["total"].clone()
         self._weight = Weight(state["weight"])
-        self._operator = None
+        self._operator = self._restricted = None

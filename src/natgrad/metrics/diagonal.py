@@ -56,7 +56,8 @@ class _DiagonalEstimate(Estimate):
         self.kind = metric.kind
         self._refresh = Refresh(metric.refresh)
         self._totals: dict[str, Tensor] = {}
-        self._weight = Weight()
+        self._weights: dict[str, Weight] = {}
+        self._steps: dict[str, int] = {}  # when each was last observed
 
     def covers(self, name: str) -> bool:
         return name in self._totals
@@ -65,33 +66,37 @@ class _DiagonalEstimate(Estimate):
         return self._refresh.due(step)
 
     def observe(self, observation: Observation) -> None:
-        decay = self._metric.decay if observation.first else 1.0
-        numerator, denominator = observation.curvature_weights
-        fresh = set(self._totals)
+        seen: set[str] = set()
         for signal_pass in observation.passes:
             for block, records in signal_pass.records(self.parameters).items():
-                inputs, signals = merged(records)
-                squares = _squares(inputs, signals)
+                squares = _squares(*merged(records))
                 split = {block.weight: squares}
                 if block.bias is not None:
                     split = {block.weight: squares[..., :-1], block.bias: squares[..., -1]}
                 for name, value in split.items():
+                    # Further columns of an exact pass join what is there.
+                    decay = 1.0 if name in seen else self._begin(name, observation)
+                    seen.add(name)
                     value = value.reshape(self.parameters[name].shape)
-                    if name not in self._totals:
-                        self._totals[name] = value * numerator
-                    else:
-                        accumulate(self._totals[name], value, decay if name in fresh else 1.0, numerator)
-                    fresh.discard(name)  # further columns of an exact pass join without decay
-        self._weight.add(denominator, decay)
+                    accumulate(self._totals[name], value, decay, observation.numerator)
         self._refresh.took(observation.step)
         self._refresh.observed(self._totals)
+
+    def _begin(self, name: str, observation: Observation) -> float:
+        """Counts a micro-batch for a parameter, and says what remains of its old total."""
+        first = observation.first or self._steps.get(name) != observation.step
+        decay = self._metric.decay if first else 1.0
+        self._totals.setdefault(name, torch.zeros_like(self.parameters[name]))
+        self._weights.setdefault(name, Weight()).add(observation.denominator(first), decay)
+        self._steps[name] = observation.step
+        return decay
 
     def _values(self) -> dict[str, Tensor]:
         if not self._totals:
             raise StepError(
                 "the diagonal was not observed yet: run a forward pass and the loss before step()"
             )
-        return {name: total / self._weight.total for name, total in self._totals.items()}
+        return {name: total / self._weights[name].total for name, total in self._totals.items()}
 
     def operator(self) -> LinearOperator:
         values = self._values()
@@ -108,13 +113,13 @@ class _DiagonalEstimate(Estimate):
     def state_dict(self) -> dict[str, Any]:
         return {
             "totals": dict(self._totals),
-            "weight": self._weight.total,
+            "weights": {name: weight.total for name, weight in self._weights.items()},
             "refresh": self._refresh.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._totals = {name: total.clone() for name, total in state["totals"].items()}
-        self._weight = Weight(state["weight"])
+        self._weights = {name: Weight(total) for name, total in state["weights"].items()}
         self._refresh.load_state_dict(state["refresh"])
 
 

@@ -22,6 +22,8 @@ class Euclidean(Metric):
 
 
 class _Identity(Estimate):
+    whole = True
+
     def covers(self, name: str) -> bool:
         return name in self.parameters
 

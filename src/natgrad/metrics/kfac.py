@@ -6,6 +6,7 @@ the "expand" form of Eschenhagen et al. 2023 (arXiv 2311.00636) for any map whos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class _Factors:
         self.A = like.new_zeros(*groups, block.columns, block.columns)
         self.G = like.new_zeros(*groups, block.outputs, block.outputs)
         self.A_weight, self.G_weight = Weight(), Weight()
+        self.step: int | None = None  # when it was last observed
         self.inverse: FactoredInverse | None = None
 
     def add_inputs(self, records: list[LayerRecord], decay: float) -> None:
@@ -103,8 +105,6 @@ class _KFACEstimate(Estimate):
         return self._observing.due(step)
 
     def observe(self, observation: Observation) -> None:
-        decay = self._metric.decay if observation.first else 1.0
-        numerator, denominator = observation.curvature_weights
         seen: set[str] = set()
         for signal_pass in observation.passes:
             for block, records in signal_pass.records(self.parameters).items():
@@ -112,13 +112,16 @@ class _KFACEstimate(Estimate):
                 first_column = block.weight not in seen
                 if first_column:  # the inputs are the same in every pass of one batch
                     seen.add(block.weight)
+                    first = observation.first or factors.step != observation.step
+                    decay, factors.step = (self._metric.decay if first else 1.0), observation.step
                     factors.add_inputs(records, decay)
-                    factors.G_weight.add(denominator, decay)
-                factors.add_signals(records, decay if first_column else 1.0, numerator)
+                    factors.G_weight.add(observation.denominator(first), decay)
+                factors.add_signals(records, decay if first_column else 1.0, observation.numerator)
         self._observing.took(observation.step)
-        self._observing.observed(
-            {f"{w}.{side}": getattr(f, side) for w, f in self._blocks.items() for side in "AG"}
-        )
+        self._observing.observed(self._sums())
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {f"{w}.{side}": getattr(f, side) for w, f in self._blocks.items() for side in "AG"}
 
     def _factors(self, block: Block) -> _Factors:
         if block.weight not in self._blocks:
@@ -141,7 +144,11 @@ class _KFACEstimate(Estimate):
         for factors in self._blocks.values():
             if factors.inverse is None:
                 factors.inverse = FactoredInverse(factors.space, *factors.averages(), damping)
-            direction |= factors.inverse.solve({name: gradient[name] for name in factors.block.names})
+            names = factors.block.names
+            if any(name in gradient for name in names):  # a bias may be frozen, or its weight
+                zeros = {n: torch.zeros_like(self.parameters[n]) for n in names if n not in gradient}
+                given = {n: zeros[n] if n in zeros else gradient[n] for n in names}
+                direction |= factors.inverse.solve(given)
         return direction
 
     def _invert(self, damping: float, step: int) -> None:
@@ -156,6 +163,9 @@ class _KFACEstimate(Estimate):
             if stages:
                 self.stages[weight] = stages
         self._inverting.took(step)
+        old, self._root_damping = self._root_damping, math.sqrt(damping)
+        moved = abs(self._root_damping / old - 1.0) if old else 0.0
+        self._inverting.observed(self._sums(), moved / 4)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -171,6 +181,7 @@ class _KFACEstimate(Estimate):
             },
             "observing": self._observing.state_dict(),
             "inverting": self._inverting.state_dict(),
+            "root_damping": self._root_damping,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,13 +193,15 @@ class _KFACEstimate(Estimate):
             factors.A_weight, factors.G_weight = map(Weight, saved["weights"])
             if saved["inverse"] is not None:
                 identity_A, identity_G = (
-                    torch.eye(t.shape[-1], dtype=t.dtype).expand_as(t) for t in saved["inverse"]
+                    torch.eye(t.shape[-1], dtype=t.dtype, device=t.device).expand_as(t)
+                    for t in saved["inverse"]
                 )
                 factors.inverse = FactoredInverse(factors.space, identity_A, identity_G, 0.0)
                 factors.inverse.A_inverse.copy_(saved["inverse"][0])
                 factors.inverse.G_inverse.copy_(saved["inverse"][1])
         self._observing.load_state_dict(state["observing"])
         self._inverting.load_state_dict(state["inverting"])
+        self._root_damping = state["root_damping"]
 
 
 def merged_signals(records: list[LayerRecord]) -> Tensor:

@@ -12,7 +12,7 @@ from natgrad.errors import ConfigError
 
 # Drift is the relative change of the average's entries on a fixed sample since the last look. Below LOW the period
 # doubles, above HIGH it halves.
-LOW, HIGH, LONGEST = 0.02, 0.08, 16
+LOW, HIGH, LONGEST = 0.04, 0.12, 16
 SAMPLE = 256
 
 
@@ -41,11 +41,19 @@ class Refresh:
         """Notes that the average was looked at in this step."""
         self._last = step
 
-    def observed(self, averages: Mapping[str, Tensor]) -> None:
-        """Adapts the period to how far the averages moved since the last call."""
+    def observed(self, averages: Mapping[str, Tensor], other: float = 0.0) -> None:
+        """Adapts the period to how far the averages moved since the last call.
+
+        Args:
+            averages: tensors by name.
+            other: a relative change of something else that matters as much.
+        """
         if self._fixed is not None:
             return
         drift = self._drift(averages)
+        if drift is not None:
+            drift = max(drift, other)
+        self.drift = drift
         if drift is None:
             return
         if drift < LOW:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import CoverageWarning
+from natgrad.errors import CoverageWarning, NonFiniteError
 from natgrad.likelihoods import Likelihood
 from natgrad.metrics import Estimate, Euclidean, Metric, Observation
 from natgrad.optim.coverage import Coverage, CoverageRow
@@ -27,6 +27,8 @@ class Curvature:
         tapes: one for each metric that observes.
         estimates: the metric, its estimate and its tape.
         generator: the source of the Monte-Carlo signals.
+        observed: whether a batch was observed in the present step.
+        trouble: what was not finite in a batch of the present step that could not be observed, or None.
     """
 
     def __init__(
@@ -41,84 +43,106 @@ class Curvature:
         self.tapes = [tape for _, estimate, tape in self.estimates if estimate.kind is not None]
         self.measures = any(not isinstance(metric, Euclidean) for metric, _, _ in self.estimates)
         self.fallback_optimizer: torch.optim.Optimizer | None = None
+        self.fallback_names: list[list[str]] = []
         self.observed = False
+        self.trouble: str | None = None
         self._warned = False
         self._due_now: bool | None = None
+        self._step = 0
 
-    def due(self, step: int) -> bool:
+    def due(self) -> bool:
         """Whether any estimate wants this step's batch. Decided once a step, for all of its micro-batches."""
         if self._due_now is None:
-            self._due_now = any(e.kind is not None and e.due(step) for _, e, _ in self.estimates)
+            self._due_now = any(e.kind is not None and e.due(self._step) for _, e, _ in self.estimates)
         return self._due_now
 
     def restart(self, step: int) -> None:
-        """Begins the next step's observations."""
-        self.observed, self._due_now = False, None
+        """Begins the observations of a step."""
+        self._step, self.observed, self._due_now, self.trouble = step, False, None, None
 
-    def observe(self, outputs: tuple[Tensor, ...], targets: Any, examples: int, step: int) -> None:
-        """Sends signals back from the outputs and lets every estimate that is due read them."""
-        likelihood = self._likelihood
+    def observe(self, outputs: tuple[Tensor, ...], targets: Any, examples: int) -> None:
+        """Sends signals back from the outputs and lets every estimate that is due read them.
+
+        Signals that are not finite enter no average: `trouble` then says where they were found.
+        """
+        likelihood, step = self._likelihood, self._step
         bare = outputs if len(outputs) > 1 else outputs[0]
-        likelihood.check(bare, targets)
         for _, estimate, tape in self.estimates:
             if estimate.kind is None or not (estimate.due(step)):
                 continue
             signals = likelihood.signals(bare, targets, estimate.kind, self.generator, examples)
             passes = _passes(tape, outputs, signals, examples)
-            with torch.no_grad():
-                estimate.observe(
-                    Observation(passes, examples, step, not self.observed, likelihood.reduction == "sum")
-                )
-        self.observed = True
-
-    def direction(self, gradient: dict[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
-        """Δ = −(F̂ + λI)⁻¹∇h where F̂ is known; the plain −∇h where it is not and no fallback optimiser was given."""
-        direction: dict[str, Tensor] = {}
-        for _, estimate, _ in self.estimates:
-            own = [name for name in estimate.parameters if name in gradient]
-            if not own:
-                continue
-            given = dict(gradient)
-            covered = {name for name in estimate.parameters if estimate.covers(name)}
-            for name in covered - gradient.keys():  # frozen, or unused in this pass: no slope there
-                given[name] = torch.zeros_like(estimate.parameters[name])
-            extra = max(
-                (self._members.groups[self._members.members[n].group]["l2"] for n in own), default=0.0
-            )
-            solved = (
-                estimate.solve(given, damping + extra, step) if covered or estimate.kind is not None else {}
-            )
-            for name in own:
-                if name in solved:
-                    direction[name] = (
-                        solved[name].neg_() if solved[name] is not gradient[name] else -gradient[name]
+            try:
+                with torch.no_grad():
+                    estimate.observe(
+                        Observation(passes, examples, step, not self.observed, likelihood.reduction == "sum")
                     )
+            except NonFiniteError as error:
+                self.trouble = str(error)
+        if self.trouble is None:
+            self.observed = True
+
+    def direction(
+        self, gradient: dict[str, Tensor], damping: Mapping[str, float], step: int
+    ) -> dict[str, Tensor]:
+        """Δ = −(F̂ + λI)⁻¹∇h where F̂ is known; the plain −∇h where it is not and no fallback optimiser was given.
+
+        Args:
+            gradient: ∇h by name, of the parameters that move.
+            damping: λ + η by name; a solve takes the greatest of its parameters.
+            step: the present step.
+        """
+        direction: dict[str, Tensor] = {}
+        for _, estimate, tape in self.estimates:
+            own = [name for name in estimate.parameters if name in gradient]
+            covered = [name for name in own if estimate.covers(name)]
+            # Where nothing is covered although a pass was recorded, nothing will be: that is no missing batch.
+            if not own or (not covered and tape.uncovered):
+                continue
+            given = {name: gradient[name] for name in covered or own}
+            solved = estimate.solve(given, max(damping[name] for name in own), step)
+            for name in covered:
+                same = solved[name] is gradient[name]
+                direction[name] = -gradient[name] if same else solved[name].neg_()
         left = [name for name in gradient if name not in direction]
-        if left:
-            self._announce(left)
-            if self._fallback is None:
-                direction |= {name: -gradient[name] for name in left}
-            elif self.fallback_optimizer is None:
-                self.build_fallback(left)
+        self._announce(left)
+        if self._fallback is None:
+            direction |= {name: -gradient[name] for name in left}
+        else:
+            known = {name for names in self.fallback_names for name in names}
+            self.add_fallback([name for name in left if name not in known])
         return {name: direction[name] for name in gradient if name in direction}
 
-    def build_fallback(self, names: list[str]) -> None:
-        """Makes the user's fallback optimiser for these parameters."""
-        if self._fallback is not None:
-            self.fallback_names = names
-            self.fallback_optimizer = self._fallback([self._members.parameters[name] for name in names])
+    def add_fallback(self, names: list[str]) -> None:
+        """Gives these parameters to the user's fallback optimiser, which is made when there are some."""
+        if not names or self._fallback is None:
+            return
+        self.fallback_names.append(names)
+        parameters = [self._members.parameters[name] for name in names]
+        if self.fallback_optimizer is None:
+            self.fallback_optimizer = self._fallback(parameters)
+        else:  # they had no gradient before
+            self.fallback_optimizer.add_param_group({"params": parameters})
 
     def fall_back(self) -> None:
         """Steps the user's fallback optimiser, if there is one."""
         if self.fallback_optimizer is not None:
             self.fallback_optimizer.step()
 
+    def _restore_fallback(self, saved: Any) -> None:
+        if self.fallback_optimizer is not None:
+            self.fallback_optimizer.load_state_dict(saved)
+
+    def euclidean(self, name: str) -> bool:
+        """Whether a parameter was given to a metric without curvature, so that no divergence bounds it."""
+        return any(e.kind is None and name in e.parameters for _, e, _ in self.estimates)
+
     def measured(self, name: str) -> bool:
         """Whether a parameter's direction came from curvature, so that its length is a divergence."""
         return any(e.kind is not None and e.covers(name) for _, e, _ in self.estimates)
 
     def parts(self, direction: dict[str, Tensor], groups: int) -> list[list[str]]:
-        """The names of a direction in at most `groups` runs of neighbouring layers, and those without curvature apart."""
+        """The names of a direction in at most `groups` runs of neighbouring layers; those without curvature apart."""
         plain = [name for name in direction if self.measures and not self.measured(name)]
         layers: dict[str, list[str]] = {}
         for name in direction:
@@ -171,22 +195,28 @@ class Curvature:
             estimate.load_state_dict(state["estimates"][k])
             tape.blocks = {name: Block(**saved) for name, saved in state["blocks"][k].items()}
             tape.uncovered = dict(state["uncovered"][k])
-        if state["fallback"] is not None:
-            names, saved = state["fallback"]
-            self.build_fallback(names)
-            if self.fallback_optimizer is not None:
-                self.fallback_optimizer.load_state_dict(saved)
+        groups, saved = state["fallback"] or ([], None)
+        self.fallback_optimizer, self.fallback_names = None, []
+        for names in groups:
+            self.add_fallback(names)
+        self._restore_fallback(saved)
         self.restart(state["step"])
 
     def _announce(self, names: list[str]) -> None:
-        if self._warned:
+        partly = [
+            name
+            for _, estimate, tape in self.estimates
+            for name in tape.uncovered
+            if name not in names and estimate.covers(name) and not estimate.whole
+        ]
+        if self._warned or not (names or partly):
             return
         self._warned = True
         how = "a torch optimiser of yours" if self._fallback is not None else "the plain gradient"
+        said = [f"no rule covers {', '.join(names)}: they follow {how}"] if names else []
+        said += [f"the curvature of {', '.join(partly)} lacks the uses that no rule covers"] if partly else []
         warnings.warn(
-            f"no rule covers {', '.join(names)}: they follow {how} (see optimizer.coverage() and fallback=)",
-            CoverageWarning,
-            stacklevel=4,
+            f"{'; '.join(said)} (see optimizer.coverage() and fallback=)", CoverageWarning, stacklevel=6
         )
 
 

@@ -46,7 +46,8 @@ class Membership:
     ) -> None:
         self._model = model
         names = {id(p): name for name, p in model.named_parameters()}
-        entries = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
+        entries: list[Any] = list(params) if params is not None else list(model.parameters())
+        entries = [e for e in entries if not isinstance(e, Tensor) or e.requires_grad]
         if not entries:
             raise EmptyError("the model has no trainable parameter; is every requires_grad False?")
         given = entries if isinstance(entries[0], Mapping) else [{"params": entries}]
@@ -55,11 +56,12 @@ class Membership:
         self.metrics: list[Metric] = []
         found: dict[str, Member] = {}
         for index, entry in enumerate(given):
-            group = dict(entry)
+            group: dict[str, Any] = dict(entry)
             own = group.pop("metric", None)
             self.metrics.append(default if own is None else metric_from(own))
             members = group["params"]
             members = [members] if isinstance(members, Tensor) else list(members)
+            members = [p[1] if isinstance(p, tuple) else p for p in members]  # from named_parameters()
             group["params"] = [p for p in members if p.requires_grad]
             for p in group["params"]:
                 if id(p) not in names:

@@ -1,17 +1,21 @@
-"""The quadratic model of a step: exact Fisher products on a slice of the batch that the optimiser saw."""
+"""What a step's quadratic model is made of: its directions, and exact Fisher products on a slice of the batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.likelihoods import Likelihood
+from natgrad.optim.watcher import Watcher
 from natgrad.steps import QuadraticModel
-from natgrad.tape import Batch, jacobian_products
+from natgrad.tape import Batch, evaluate, jacobian_products
+
+# A slice has at least so many examples: F of fewer is mostly noise, and batch normalisation needs two.
+FEWEST = 32
 
 
 @dataclass(frozen=True)
@@ -59,46 +63,130 @@ class Basis:
         return linear, gram
 
 
-def quadratic_model(
+@dataclass(frozen=True)
+class Probe:
+    """A slice of the step's batch, on which the model's Jacobian and Fisher information are exact.
+
+    Attributes:
+        pieces: the examples of each micro-batch that the slice touches.
+        shares: what each piece counts, so that a weighted sum stands for the whole batch.
+    """
+
+    network: nn.Module
+    likelihood: Likelihood
+    find_outputs: Callable[[Any], tuple[Tensor, ...]]
+    pieces: Sequence[Batch]
+    shares: Sequence[float]
+    rng_state: Tensor = field(default_factory=torch.get_rng_state)
+
+    @classmethod
+    def of(
+        cls, network: nn.Module, likelihood: Likelihood, watcher: Watcher, fraction: float, turn: int
+    ) -> Probe:
+        """A slice of the step's micro-batches taken as one batch; consecutive turns take consecutive slices."""
+        pieces = _slices(watcher.batches, fraction, turn)
+        taken, total = sum(p.examples for p in pieces), sum(batch.examples for batch in watcher.batches)
+        # With a mean each piece counts by its share of the slice; a sum is scaled up to the whole batch.
+        mean = likelihood.reduction == "mean"
+        shares = [piece.examples / taken if mean else total / taken for piece in pieces]
+        return cls(network, likelihood, watcher.find_outputs, pieces, shares)
+
+    def expand(self, vectors: Sequence[Mapping[str, Tensor]]) -> tuple[float, Tensor, Tensor]:
+        """h, (∇hᵀd_k) and (d_jᵀFd_k) on the slice, in float64."""
+        parameters = dict(self.network.named_parameters())
+        size = len(vectors)
+        loss, linear, fisher = (
+            0.0,
+            torch.zeros(size, dtype=torch.float64),
+            torch.zeros(size, size, dtype=torch.float64),
+        )
+        for piece, share in zip(self.pieces, self.shares, strict=True):
+            outputs, images = jacobian_products(self.network, parameters, piece, vectors, self.find_outputs)
+            value, residuals = self._residuals(outputs, piece.targets)
+            stacked = tuple(torch.stack(parts) for parts in zip(*images, strict=True))
+            loss += share * value
+            for image, residual in zip(stacked, residuals, strict=True):
+                linear += share * (image.flatten(1) @ residual.flatten()).double().cpu()
+            fisher += share * _fisher_gram(self.likelihood, outputs, stacked, piece.targets)
+        return loss, linear, fisher
+
+    def loss(self) -> float:
+        """h on the slice at the parameters' present values, with the same dropout as in `expand`."""
+        total = 0.0
+        for piece, share in zip(self.pieces, self.shares, strict=True):
+            if piece.targets is None:
+                return float("nan")
+            outputs = evaluate(self.network, {}, piece, self.find_outputs, self.rng_state)
+            total += share * float(self.likelihood.loss(_bare(outputs), piece.targets))
+        return total
+
+    def _residuals(self, outputs: tuple[Tensor, ...], targets: Any) -> tuple[float, tuple[Tensor, ...]]:
+        """h and ∂h/∂z; NaN and 0 where the loss was not seen."""
+        if targets is None:
+            return float("nan"), tuple(torch.zeros_like(z) for z in outputs)
+        with torch.enable_grad():
+            leaves = tuple(z.detach().requires_grad_() for z in outputs)
+            value = self.likelihood.loss(_bare(leaves), targets)
+            return float(value.detach()), torch.autograd.grad(value, leaves)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The loss around θ to second order: for the whole batch, and for the slice alone.
+
+    Attributes:
+        model: M with the batch's slope and the slice's curvature.
+        local: M of the slice, slope and curvature both.
+        probe: the slice.
+    """
+
+    model: QuadraticModel
+    local: QuadraticModel
+    probe: Probe
+
+    def error(self, c: Tensor) -> float:
+        """What M misses after the step c was made: [h(θ+δ) − h(θ)] − [M(δ) − M(0)], measured on the slice.
+
+        On the slice both sides are exact, so that what is left is the loss's own departure from its quadratic model:
+        a fraction of a forward pass does, and the sampling noise of the batch cancels.
+        """
+        return self.probe.loss() - self.local.loss - self.local.change(c)
+
+
+def expand(
     basis: Basis,
-    *,
+    probe: Probe,
     loss: float,
     gradient: Mapping[str, Tensor],
-    damping: Mapping[str, float],
-    network: nn.Module,
-    likelihood: Likelihood,
-    batches: Sequence[Batch],
-    find_outputs: Callable[[Any], tuple[Tensor, ...]],
-    fraction: float,
-    turn: int,
-) -> QuadraticModel:
-    """M on the basis, with F from a slice of the batch.
+    damping: float,
+    penalty: Mapping[str, float],
+) -> Expansion:
+    """The quadratic models on a basis.
 
     Args:
-        damping: λ + η for each name.
-        batches: the step's micro-batches, taken as one batch.
-        fraction: the part of the batch that F is taken on.
-        turn: which slice; consecutive turns take consecutive slices.
+        basis: the directions.
+        probe: the slice that F is taken on.
+        loss: h(θ) of the whole batch.
+        gradient: ∇h(θ) of the whole batch.
+        damping: λ.
+        penalty: η by name; the slice's loss is without it.
     """
-    linear, gram = basis.products(gradient, damping)
-    parameters = {name: p for name, p in network.named_parameters()}
-    vectors = basis.vectors()
-    fisher = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    pieces = _slices(batches, fraction, turn)
-    taken, total = sum(piece.examples for piece in pieces), sum(batch.examples for batch in batches)
-    for piece in pieces:
-        outputs, images = jacobian_products(network, parameters, piece, vectors, find_outputs)
-        # With a mean each piece counts by its share of the slice; a sum is scaled up to the whole batch.
-        share = piece.examples / taken if likelihood.reduction == "mean" else total / taken
-        fisher += share * _fisher_gram(likelihood, outputs, images, piece.targets)
-    return QuadraticModel(loss, linear, fisher, gram)
+    linear, ridge = basis.products(gradient, {name: damping + eta for name, eta in penalty.items()})
+    trust = basis.products(gradient, dict.fromkeys(penalty, damping))[1] if any(penalty.values()) else ridge
+    before, slope, fisher = probe.expand(basis.vectors())
+    return Expansion(
+        QuadraticModel(loss, linear, fisher, ridge), QuadraticModel(before, slope, fisher, trust), probe
+    )
+
+
+def _bare(outputs: tuple[Tensor, ...]) -> Any:
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _fisher_gram(
-    likelihood: Likelihood, outputs: tuple[Tensor, ...], images: Sequence[tuple[Tensor, ...]], targets: Any
+    likelihood: Likelihood, outputs: tuple[Tensor, ...], stacked: tuple[Tensor, ...], targets: Any
 ) -> Tensor:
     """(J d_j)ᵀ H (J d_k)."""
-    stacked = tuple(torch.stack(parts) for parts in zip(*images, strict=True))
     single = len(outputs) == 1
     product = likelihood.fisher_product(
         outputs[0] if single else outputs, stacked[0] if single else stacked, targets
@@ -112,8 +200,8 @@ def _fisher_gram(
 def _slices(batches: Sequence[Batch], fraction: float, turn: int) -> list[Batch]:
     """A slice of the concatenated micro-batches, as one piece of each that it touches."""
     total = sum(batch.examples for batch in batches)
-    size = max(1, min(total, round(fraction * total)))
-    start = (turn * size) % (total - size + 1)
+    size = min(total, max(FEWEST, round(fraction * total)))
+    start = min(turn % -(-total // size) * size, total - size)  # windows side by side; the last may overlap
     pieces, offset = [], 0
     for batch in batches:
         low, high = max(start - offset, 0), min(start + size - offset, batch.examples)

@@ -11,19 +11,37 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import ConfigError, NonFiniteError, StepError
+from natgrad.errors import ConfigError, NonFiniteError
 from natgrad.likelihoods import Likelihood, likelihood_from
 from natgrad.metrics import Metric
 from natgrad.optim.coverage import Coverage
 from natgrad.optim.curvature import Curvature
+from natgrad.optim.evaluation import (
+    dot,
+    gradient_of,
+    loss_of,
+    norm_of,
+    not_finite,
+    penalty_of,
+    require_batch,
+    require_finite_direction,
+)
 from natgrad.optim.groups import Membership
 from natgrad.optim.info import StepInfo
-from natgrad.optim.model import Basis, quadratic_model
+from natgrad.optim.model import Basis, Expansion, Probe, expand
+from natgrad.optim.moves import add, go, update_of, velocity_of
 from natgrad.optim.saving import load_state, save_state
 from natgrad.optim.watcher import Watcher
-from natgrad.steps import AdaptiveStep, Damping, FixedStep, StepSize, damping_from, step_size_from
+from natgrad.steps import (
+    AdaptiveStep,
+    ConstantDamping,
+    Damping,
+    FixedStep,
+    StepSize,
+    damping_from,
+    step_size_from,
+)
 from natgrad.steps.penalty import L2
-from natgrad.tape import evaluate
 
 Vector = dict[str, Tensor]
 
@@ -43,7 +61,8 @@ class NaturalGradient(torch.optim.Optimizer):
             as ``natgrad.KFAC(kind="exact")``.
         lr: a fixed α, or None to adapt it.
         momentum: a fixed μ; by default adapted with α, and 0 where lr is given.
-        damping: a fixed λ or a strategy; by default Levenberg–Marquardt, and 1e-3 where lr is given.
+        damping: a fixed λ or a strategy; by default Levenberg–Marquardt, and 1e-3 where lr is given or where only a
+            likelihood is (a loss computed inside the model can't be measured again).
         weight_decay: decoupled decay, or ``natgrad.L2(η)`` inside the loss.
         fallback: makes a torch optimiser for parameters that no rule covers, such as
             ``lambda params: torch.optim.AdamW(params, lr=1e-3)``; by default they follow the plain gradient.
@@ -77,13 +96,20 @@ class NaturalGradient(torch.optim.Optimizer):
             raise ConfigError(f"on_nonfinite must be 'raise' or 'skip', not {on_nonfinite!r}")
         self.likelihood = likelihood_from(likelihood)
         self.step_size = step_size_from(lr, momentum)
-        self.damping_rule = damping_from(damping, isinstance(self.step_size, AdaptiveStep))
+        measurable = isinstance(likelihood, nn.Module)  # ρ needs the loss, so it needs the targets
+        self.damping_rule = damping_from(damping, isinstance(self.step_size, AdaptiveStep) and measurable)
+        if not measurable and not isinstance(self.damping_rule, ConstantDamping):
+            raise ConfigError(
+                "this damping needs the loss at the new parameters, which a likelihood alone does not tell; pass the "
+                "torch.nn loss, or a number as damping"
+            )
         self.damping = self.damping_rule.initial
         self.info = StepInfo()
         self.model = model
         self._members = Membership(model, params, metric, weight_decay)
         self._on_nonfinite = on_nonfinite
         self._step, self._skipped, self._batch = 0, 0, 0
+        self._usual_alpha: float | None = None
         default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0
         self._built = False
         super().__init__(self._members.groups, {"lr": default_lr})
@@ -95,8 +121,8 @@ class NaturalGradient(torch.optim.Optimizer):
             self.likelihood,
             outputs,
             self._curvature.tapes,
-            lambda: self._curvature.due(self._step),
-            lambda z, y, n: self._curvature.observe(z, y, n, self._step),
+            self._curvature.due,
+            self._curvature.observe,
         )
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -122,113 +148,129 @@ class NaturalGradient(torch.optim.Optimizer):
             returned = self._evaluate(closure)
             self._members.check_unchanged()
             loss = self._loss(returned)
-            gradient = self._gradient()  # ∇h(θ)
-            norm = self._norm(gradient)
+            gradient = gradient_of(self._members.members, self.param_groups)  # ∇h(θ)
+            norm = norm_of(gradient)
         if not self._finite(loss, norm, gradient):
             return returned
-        with self._timed("solve"):
-            damping = self.damping  # λ
-            direction = self._curvature.direction(gradient, damping, self._step)  # Δ = −(F̂ + λI)⁻¹∇h
-        record: dict[str, Any] = {"loss": loss, "damping": damping, "grad_norm": norm}
-        if isinstance(self.step_size, FixedStep):
-            record |= self._fixed(self.step_size, gradient, direction)
-        else:
-            assert isinstance(self.step_size, AdaptiveStep)
-            record |= self._adaptive(self.step_size, loss, gradient, direction)
+        if isinstance(self.step_size, AdaptiveStep) or self.damping_rule.due(self._step + 1):
+            require_batch(self._watcher, loss)
+        record: dict[str, Any] = {"loss": loss, "damping": self.damping, "grad_norm": norm}
+        try:
+            with self._timed("solve"):
+                slope = self._averaged(gradient)
+                direction = self._curvature.direction(  # Δ = −(F̂ + λI)⁻¹∇h
+                    slope, self._dampings(slope), self._step
+                )
+            if isinstance(self.step_size, FixedStep):
+                record |= self._fixed(self.step_size, loss, gradient, direction)
+            elif direction:  # a fallback optimiser may have taken everything
+                assert isinstance(self.step_size, AdaptiveStep)
+                record |= self._adaptive(self.step_size, loss, gradient, direction)
+        except NonFiniteError as error:
+            self._skip(f"{error},", loss, norm)
+            return returned
         self._curvature.fall_back()
         self._finish(record)
         return returned
 
-    def _fixed(self, size: FixedStep, gradient: Vector, direction: Vector) -> dict[str, Any]:
+    def _fixed(
+        self, size: FixedStep, loss: float | None, gradient: Vector, direction: Vector
+    ) -> dict[str, Any]:
         """θ ← θ + lr · v, v ← μv + Δ."""
+        scale = 1.0
+        if self._curvature.measures:
+            fastest = max(group["lr"] for group in self.param_groups)
+            measured = [n for n in direction if self._curvature.measured(n)]
+            decrease = -dot({n: gradient[n] for n in measured}, direction)
+            require_finite_direction(decrease)
+            scale = size.scale(fastest, decrease)
+        if scale != 1.0:
+            direction = {n: d if self._curvature.euclidean(n) else d * scale for n, d in direction.items()}
+        velocity = velocity_of(direction, size.momentum, self._at)
+        record: dict[str, Any] = {"alpha": scale * self.param_groups[0]["lr"], "momentum": size.momentum}
+        due = self.damping_rule.due(self._step + 1)
+        if due:
+            update = {name: v * self._at(name)[0]["lr"] for name, v in velocity.items()}
+            expansion, one = self._expand_update(update, loss, gradient)
+            record["predicted"] = expansion.model.change(one)
         with self._timed("apply"):
-            scale = 1.0
-            if size.kl_clip is not None and self._curvature.measures:
-                fastest = max(group["lr"] for group in self.param_groups)
-                measured = [n for n in direction if self._curvature.measured(n)]
-                decrease = -float(sum(torch.sum(gradient[n] * direction[n]) for n in measured))
-                scale = size.scale(fastest, decrease)
-            for name, delta in direction.items():
-                group, p, state = self._at(name)
-                p.mul_(1.0 - group["lr"] * group["weight_decay"]) if group["weight_decay"] else None
-                delta = delta if scale == 1.0 else delta * scale
-                if size.momentum:
-                    if "velocity" not in state:
-                        state["velocity"] = delta.clone()
-                    else:
-                        state["velocity"].mul_(size.momentum).add_(delta)
-                    delta = state["velocity"]
-                p.add_(delta, alpha=group["lr"])
-        return {"alpha": scale * self.param_groups[0]["lr"], "momentum": size.momentum}
+            go(velocity, self._at)
+        if due:
+            record |= self._measure(expansion, one, record["predicted"])
+        return record
 
     def _adaptive(
         self, size: AdaptiveStep, loss: float | None, gradient: Vector, direction: Vector
     ) -> dict[str, Any]:
         """θ ← θ + δ with δ = Σ_k α_k Δ_k + μδ₀, where α and μ minimise the quadratic model M."""
-        if loss is None or not self._watcher.batches:
-            raise StepError(
-                "the adaptive step needs the batch: call the model and the loss that you gave to NaturalGradient "
-                "before step(), or give lr="
-            )
-        previous = {n: self._at(n)[2]["step"] for n in direction if "step" in self._at(n)[2]}
-        parts = self._curvature.parts(direction, size.groups if self._step < size.coarse else 1)
+        previous = {n: self._at(n)[2]["last"] for n in direction if "last" in self._at(n)[2]}
+        coarse = self._step < size.coarse
+        parts = self._curvature.parts(direction, size.groups if coarse else 1)
         basis = Basis(direction, parts, previous)
-        with self._timed("model"), self._watching_paused():
-            model = quadratic_model(
-                basis,
-                loss=loss,
-                gradient=gradient,
-                damping={n: self.damping + self._at(n)[0]["l2"] for n in direction},
-                network=self.model,
-                likelihood=self.likelihood,
-                batches=self._watcher.batches,
-                find_outputs=self._watcher.find_outputs,
-                fraction=size.fraction,
-                turn=self._step,
-            )
-            c = size.coefficients(model, basis.previous_index)
+        with self._timed("model"):
+            expansion = self._expand(basis, loss, gradient)
+            model = expansion.model
+            require_finite_direction(float(model.linear.sum() + model.curvature.sum()))
+            c = size.coefficients(model, basis.previous_index, None if coarse else self._usual_alpha)
         with self._timed("apply"):
             alphas = c[: len(parts)].tolist()
             momentum = 0.0 if basis.previous_index is None else float(c[basis.previous_index])
-            self._apply(direction, parts, alphas, momentum)
+            update = update_of(direction, parts, alphas, momentum, self._at)
+            factors = {self._at(name)[0]["lr"] for name in update}  # the groups' lr is a factor of the step
+            due = self.damping_rule.due(self._step + 1)
+            predicted, length = None, None
+            if len(factors) == 1:
+                c = c * min(factors)
+                predicted, length = model.change(c), model.fisher_norm(c)
+            elif due:  # groups that go unlike far leave the model's few directions
+                expansion, c = self._expand_update(update, loss, gradient)
+                predicted = expansion.model.change(c)
+            add(update, parts, alphas, self._at)
+        if not coarse:
+            known = self._usual_alpha
+            self._usual_alpha = alphas[0] if known is None else 0.8 * known + 0.2 * alphas[0]
         record: dict[str, Any] = {
             "alpha": sum(alphas) / len(alphas),
             "momentum": momentum,
-            "predicted": model.change(c),
-            "step_norm": model.fisher_norm(c),
+            "predicted": predicted,
+            "step_norm": length,
         }
-        if self.damping_rule.due(self._step + 1):
-            with self._timed("ratio"), self._watching_paused():
-                record |= self._measure(loss, record["predicted"])
+        if due and predicted is not None:
+            record |= self._measure(expansion, c, predicted)
         return record
 
-    def _apply(self, direction: Vector, parts: list[list[str]], alphas: list[float], momentum: float) -> None:
-        for names, alpha in zip(parts, alphas, strict=True):
-            for name in names:
-                group, p, state = self._at(name)
-                if group["weight_decay"]:
-                    p.mul_(1.0 - group["lr"] * abs(alpha) * group["weight_decay"])
-                if "step" not in state:
-                    state["step"] = direction[name].mul(alpha * group["lr"])
-                else:
-                    state["step"].mul_(momentum * group["lr"]).add_(
-                        direction[name], alpha=alpha * group["lr"]
-                    )
-                p.add_(state["step"])
-
-    def _measure(self, loss: float, predicted: float) -> dict[str, Any]:
-        """ρ = [h(θ+δ) − h(θ)] / [M(δ) − M(0)], and λ after it."""
-        watcher = self._watcher
-        total = 0.0
-        for batch, rng_state in zip(watcher.batches, watcher.rng_states, strict=True):
-            outputs = evaluate(self.model, {}, batch, watcher.find_outputs, rng_state)
-            value = self.likelihood.loss(outputs if len(outputs) > 1 else outputs[0], batch.targets)
-            total += float(value) * (
-                1.0 if self.likelihood.reduction == "sum" else 1.0 / len(watcher.batches)
+    def _expand(self, basis: Basis, loss: float | None, gradient: Vector) -> Expansion:
+        """M on a basis, with F from a slice of the step's batches."""
+        fraction = self.step_size.fraction if isinstance(self.step_size, AdaptiveStep) else 0.25
+        with self._watcher.paused():
+            return expand(
+                basis,
+                Probe.of(self.model, self.likelihood, self._watcher, fraction, self._step),
+                math.nan if loss is None else loss,
+                gradient,
+                self.damping,
+                {name: self._at(name)[0]["l2"] for name in basis.direction},
             )
-        actual = total + self._penalty() - loss
+
+    def _expand_update(
+        self, update: Vector, loss: float | None, gradient: Vector
+    ) -> tuple[Expansion, Tensor]:
+        """M along a step that is decided, and its one coefficient."""
+        with self._timed("model"):
+            basis = Basis(update, [list(update)], {})
+            return self._expand(basis, loss, gradient), torch.ones(1, dtype=torch.float64)
+
+    def _measure(self, expansion: Expansion, c: Tensor, predicted: float) -> dict[str, Any]:
+        """ρ = [h(θ+δ) − h(θ)] / [M(δ) − M(0)], and λ after it."""
+        with self._timed("ratio"), self._watcher.paused():
+            actual = predicted + expansion.error(c)
+        precision = torch.finfo(next(iter(self._members.parameters.values())).dtype).eps
+        if math.isnan(actual) or abs(predicted) <= precision * abs(expansion.model.loss):
+            return {
+                "actual": None if math.isnan(actual) else actual
+            }  # too small to be seen: ρ would be rounding
         ratio = actual / predicted if predicted < 0 else math.nan
-        self.damping = self.damping_rule.update(self.damping, ratio)
+        self.damping = self.damping_rule.update(self.damping, ratio, self._usual_alpha)
         return {"actual": actual, "rho": ratio}
 
     # ---- what the step needs --------------------------------------------------------------------------------------
@@ -284,60 +326,48 @@ class NaturalGradient(torch.optim.Optimizer):
             self._inside_closure = False
 
     def _loss(self, returned: Tensor | float | None) -> float | None:
-        """h(θ) with the penalty: the mean over micro-batches, or their sum if the loss sums."""
-        if self._watcher.losses:
-            values = torch.stack([v.double().cpu() for v in self._watcher.losses])
-            value = float(values.sum() if self.likelihood.reduction == "sum" else values.mean())
-        elif returned is not None:
-            value = float(returned)
-        else:
-            return None
-        return value + self._penalty()
+        """h(θ) with the penalty."""
+        value = loss_of(self._watcher, returned, self.likelihood.reduction == "sum")
+        return None if value is None else value + penalty_of(self.param_groups)
 
-    def _penalty(self) -> float:
-        groups = [g for g in self.param_groups if g["l2"]]
-        return float(sum(0.5 * g["l2"] * sum(p.square().sum() for p in g["params"]) for g in groups))
-
-    def _gradient(self) -> Vector:
-        gradient: Vector = {}
-        for name, member in self._members.members.items():
-            group, p = self.param_groups[member.group], member.parameter
-            if p.grad is None or group["frozen"]:
-                continue
-            gradient[name] = p.grad if not group["l2"] else p.grad.add(p, alpha=group["l2"])
-        if not gradient:
-            raise StepError(
-                "no parameter has a gradient: call loss.backward() before step(), or pass a closure"
-            )
-        return gradient
-
-    @staticmethod
-    def _norm(gradient: Vector) -> float:
-        return float(torch.stack([n.double() for n in torch._foreach_norm(list(gradient.values()))]).norm())
+    def _averaged(self, gradient: Vector) -> Vector:
+        """The gradient that Δ is made from: β of the last one's and 1 − β of this batch's."""
+        if not isinstance(self.step_size, AdaptiveStep):
+            return gradient
+        keep = self.step_size.keep(self._step)
+        averaged: Vector = {}
+        for name, g in gradient.items():
+            state = self._at(name)[2]
+            if keep == 0.0 or "gradient" not in state:
+                if self._step + 1 >= self.step_size.settle:
+                    state["gradient"] = g.clone()
+                averaged[name] = g
+            else:
+                averaged[name] = state["gradient"].lerp_(g, 1.0 - keep)
+        return averaged
 
     def _finite(self, loss: float | None, norm: float, gradient: Vector) -> bool:
         """Raises or counts when something is not finite; nothing has been changed by then."""
         self._batch += 1
-        if (loss is None or math.isfinite(loss)) and math.isfinite(norm):
+        what = not_finite(loss, norm, gradient, self._curvature.trouble)
+        if what is None:
             return True
-        names = [name for name, g in gradient.items() if not torch.isfinite(g).all()]
-        what = (
-            f"the loss is {loss}"
-            if loss is not None and not math.isfinite(loss)
-            else "a gradient is not finite"
-        )
-        where = f" (gradients of {', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+        self._skip(what, loss, norm)
+        return False
+
+    def _skip(self, what: str, loss: float | None, norm: float) -> None:
+        """Raises, or counts a step that was not taken."""
         self._skipped += 1
         self._watcher.clear()
+        self._curvature.restart(self._step)
         if self._on_nonfinite == "raise":
             raise NonFiniteError(
-                f"{what} in step {self._step + 1}, batch {self._batch}{where}; no parameter was changed. Look at that "
-                'batch, or pass on_nonfinite="skip"'
+                f"{what} in step {self._step + 1}, batch {self._batch}; no parameter was changed. Look at that batch, "
+                'or pass on_nonfinite="skip"'
             )
         self.info = StepInfo(
             step=self._step, loss=loss, damping=self.damping, grad_norm=norm, skipped=self._skipped
         )
-        return False
 
     def _finish(self, record: dict[str, Any]) -> None:
         self._step += 1
@@ -352,17 +382,13 @@ class NaturalGradient(torch.optim.Optimizer):
         self._watcher.clear()
         self._curvature.restart(self._step)
 
+    def _dampings(self, names: Iterable[str]) -> dict[str, float]:
+        """λ + η by name."""
+        return {name: self.damping + self._at(name)[0]["l2"] for name in names}
+
     def _at(self, name: str) -> tuple[dict[str, Any], nn.Parameter, dict[str, Any]]:
         member = self._members.members[name]
         return self.param_groups[member.group], member.parameter, self.state[member.parameter]
-
-    @contextmanager
-    def _watching_paused(self) -> Iterator[None]:
-        self._watcher.paused = True
-        try:
-            yield
-        finally:
-            self._watcher.paused = False
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def save_state(optimizer: NaturalGradient, base: dict[str, Any]) -> dict[str, An
         "batch": optimizer._batch,
         "skipped": optimizer._skipped,
         "damping": optimizer.damping,
+        "usual_alpha": optimizer._usual_alpha,
         "generator": curvature.generator.get_state(),
         "estimates": [estimate.state_dict() for _, estimate, _ in curvature.estimates],
         "blocks": [dict(tape.blocks) for _, _, tape in curvature.estimates],
@@ -61,10 +63,12 @@ def load_state(
     if own["metrics"] != metrics:
         raise StateError(f"this state was saved with the metrics {own['metrics']}, not {metrics}")
     try:
-        load_base({key: value for key, value in state.items() if key != "natgrad"})
+        # A copy: torch would keep the very tensors, and share them with the run that they came from.
+        load_base(copy.deepcopy({key: value for key, value in state.items() if key != "natgrad"}))
     except ValueError as error:
         raise StateError(f"this state does not fit the parameter groups: {error}") from error
     optimizer._step, optimizer._batch, optimizer._skipped = own["step"], own["batch"], own["skipped"]
-    optimizer.damping = own["damping"]
+    optimizer.damping, optimizer._usual_alpha = own["damping"], own["usual_alpha"]
     optimizer.info = StepInfo(step=own["step"], damping=own["damping"], skipped=own["skipped"])
+    optimizer._watcher.clear()
     optimizer._curvature.load(own)

@@ -1,15 +1,17 @@
-"""How the optimiser sees the batch in an ordinary training loop: two hooks, on the model and on the loss.
+"""How the optimiser sees the batch in an ordinary training loop: hooks on the model, on the loss and on its value.
 
 On most steps the hooks only note what the model and the loss were called with. When curvature is due, the tape opens
-before the model's forward pass; the Fisher information needs outputs (and, for weights and masks, targets), so the
-signals are sent back as soon as the loss has been called, before the user's own backward pass.
+before the model's forward pass. A batch counts when its backward pass begins, and not before: what is evaluated
+between two steps leaves no trace, and `zero_grad` may stand before or after the forward pass. The signals are sent
+back at that moment, while the graph is whole.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +20,20 @@ from torch import Tensor, nn
 from natgrad.errors import OutputError
 from natgrad.likelihoods import HeteroscedasticGaussian, Likelihood
 from natgrad.tape import Batch, Tape
+from natgrad.tape.tape import Call
 
 Outputs = tuple[Tensor, ...]
+
+
+@dataclass
+class _Forward:
+    """One forward pass of the model: what it was called with and returned, and its recording if there is one."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rng_state: Tensor
+    returned: Any = None
+    calls: list[list[Call]] | None = None
 
 
 class Watcher:
@@ -35,8 +49,9 @@ class Watcher:
         observed: called with the outputs and the targets when curvature can be taken.
 
     Attributes:
-        batches: the micro-batches since the last `clear`.
+        batches: the micro-batches since the last `clear` whose backward pass has begun.
         losses: their losses, detached.
+        rng_states: the states that their forward passes started from.
     """
 
     def __init__(
@@ -56,21 +71,33 @@ class Watcher:
         self._user_outputs = find_outputs
         self._shape: Callable[[Outputs], Outputs] = _same
         self._tapes, self._due, self._observed = tapes, due, observed
-        self._call: tuple[tuple[Any, ...], dict[str, Any], Any, Tensor] | None = None
+        self._forward: _Forward | None = None
         self._open: ExitStack | None = None
-        self._knows_loss = loss is not None
-        self.paused = False
-        me = weakref.ref(self)  # a hook must not keep a dropped optimiser alive
-        _hook(model.register_forward_pre_hook, me, Watcher._before_model)
-        _hook(model.register_forward_hook, me, Watcher._after_model, always_call=True)
+        self._unbatched = False
+        self.knows_loss = loss is not None
+        self._paused = False
+        self._hook(model.register_forward_pre_hook, Watcher._before_model)
+        self._hook(model.register_forward_hook, Watcher._after_model, always_call=True)
         if loss is not None:
-            _hook(loss.register_forward_hook, me, Watcher._after_loss)
+            self._hook(loss.register_forward_pre_hook, Watcher._before_loss)
+            self._hook(loss.register_forward_hook, Watcher._after_loss)
+
+    def _hook(self, register: Callable[..., Any], method: Callable[..., None], **options: Any) -> None:
+        handle = register(_Hook(self, method), with_kwargs=True, **options)
+        weakref.finalize(self, handle.remove).atexit = False
 
     def clear(self) -> None:
-        """Forgets the batches of the step."""
-        self.batches, self.losses, self.rng_states, self._call = [], [], [], None
-        for tape in self._tapes:
-            tape.clear()
+        """Forgets the batches of the step; a forward pass that still waits for its backward pass is kept."""
+        self.batches, self.losses, self.rng_states = [], [], []
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not watched."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def find_outputs(self, returned: Any) -> Outputs:
         """The likelihood's outputs among what the model returned.
@@ -88,12 +115,13 @@ class Watcher:
         return self._shape(outputs)
 
     def _ignoring(self) -> bool:
-        return self.paused or not torch.is_grad_enabled()
+        # Inside torch.func's transforms tensors have no values to look at, and no .grad comes of them.
+        return self._paused or not torch.is_grad_enabled() or _transforming()
 
     def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._ignoring():
             return
-        self._call = (args, kwargs, None, torch.get_rng_state())
+        self._forward = _Forward(args, kwargs, torch.get_rng_state())
         if self._due():
             self._close()
             self._open = ExitStack()
@@ -101,31 +129,48 @@ class Watcher:
                 self._open.enter_context(tape.recording())
 
     def _after_model(self, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
+        recorded = self._open is not None
         self._close()
-        if self._ignoring() or self._call is None or returned is None:
+        if self._ignoring() or self._forward is None:
             return
-        self._call = (args, kwargs, returned, self._call[3])
-        if not self._knows_loss:
+        if returned is None:  # it raised
+            self._forward = None
+            return
+        self._forward.returned = returned
+        if recorded:
+            self._forward.calls = [tape.take() for tape in self._tapes]
+        if not self.knows_loss:
             self._shape = _same
-            self._note(self.find_outputs(returned), None, None)
+            outputs = self.find_outputs(returned)
+            self._await_backward([z for z in outputs if z.requires_grad], outputs, None, None, _same)
 
     def _close(self) -> None:
         if self._open is not None:
             self._open.close()
             self._open = None
 
+    def _before_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Says what is wrong with outputs or targets in our words, before torch says it in its own."""
+        if not self._ignoring() and self._forward is not None and self._due():
+            outputs, targets = self._read_loss(args, kwargs)
+            self.likelihood.check(outputs if len(outputs) > 1 else outputs[0], targets)
+
     def _after_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> None:
-        if self._ignoring() or not value.requires_grad:
+        # Without a forward pass it is the loss of another model, or a second one of the same outputs.
+        if self._ignoring() or self._forward is None or not value.requires_grad:
             return
         outputs, targets = self._read_loss(args, kwargs)
-        if self._call is not None and self._call[2] is not None:
-            self._shape = _same
-            self._shape = _reshaping(self.find_outputs(self._call[2]), outputs)
-        self._note(outputs, targets, value.detach())
+        self._shape = _same
+        try:
+            shape = _reshaping(self.find_outputs(self._forward.returned), outputs)
+        except OutputError:  # no matter, unless the adaptive step asks for them: it raises this error again
+            shape = _same
+        self._await_backward([value], outputs, targets, value.detach(), shape)
 
     def _read_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outputs, Any]:
         given = dict(zip(("input", "target", "var"), args, strict=False)) | kwargs
-        outputs, targets = given["input"], given["target"]
+        outputs = given["log_input"] if "log_input" in given else given["input"]
+        targets = given["target"]
         if isinstance(self.likelihood, HeteroscedasticGaussian):
             variance = given["var"]
             if isinstance(variance, Tensor) and variance.requires_grad:
@@ -133,20 +178,65 @@ class Watcher:
             return (outputs,), (targets, variance)
         return (outputs,), targets
 
-    def _note(self, outputs: Outputs, targets: Any, value: Tensor | None) -> None:
-        call, self._call = self._call, None
-        args, kwargs, _, rng_state = call if call is not None else ((), {}, None, torch.get_rng_state())
-        examples = count_examples(args, kwargs, outputs)
-        if call is not None:
-            self.batches.append(Batch(args, kwargs, targets, examples))
-            self.rng_states.append(rng_state)
+    def _await_backward(
+        self,
+        roots: list[Tensor],
+        outputs: Outputs,
+        targets: Any,
+        value: Tensor | None,
+        shape: Callable[[Outputs], Outputs],
+    ) -> None:
+        """Lets the batch count as soon as a gradient reaches any of the roots; whoever holds them holds the batch."""
+        assert self._forward is not None
+        waiting, me = [self._forward], weakref.ref(self)
+        self._forward = None
+
+        def began(_: Tensor) -> None:
+            watcher = me()
+            if watcher is not None and waiting:
+                watcher._began(waiting.pop(), outputs, targets, value, shape)
+
+        for root in roots:
+            root.register_hook(began)
+
+    def _began(
+        self,
+        forward: _Forward,
+        outputs: Outputs,
+        targets: Any,
+        value: Tensor | None,
+        shape: Callable[[Outputs], Outputs],
+    ) -> None:
+        self._shape = shape
+        if forward.calls is not None:
+            self._unbatched = any(_unbatched(forward, call) for calls in forward.calls for call in calls)
+        examples = 1 if self._unbatched else count_examples(forward.args, forward.kwargs, outputs)
+        self.batches.append(Batch(forward.args, forward.kwargs, targets, examples))
+        self.rng_states.append(forward.rng_state)
         if value is not None:
             self.losses.append(value)
         finite = value is None or bool(torch.isfinite(value))
-        if self._due() and finite:  # a batch that is not finite must not enter an average
+        if forward.calls is None or not finite or not self._due():
+            return  # a batch that is not finite must not enter an average
+        for tape, calls in zip(self._tapes, forward.calls, strict=True):
+            tape.put(calls)
+        try:
             self._observed(outputs, targets, examples)
-        for tape in self._tapes:
-            tape.clear()
+        finally:
+            for tape in self._tapes:
+                tape.clear()
+
+
+def _transforming() -> bool:
+    """Whether a transform of torch.func is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _unbatched(forward: _Forward, call: Call) -> bool:
+    """Whether a layer read one example without a batch dimension, and the model too."""
+    first = next((v for v in (*forward.args, *forward.kwargs.values()) if isinstance(v, Tensor)), None)
+    raw = call.raw_inputs
+    return first is not None and first.dim() == raw.dim() and call.geometry.unbatched(raw)
 
 
 def count_examples(args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Outputs) -> int:
@@ -195,16 +285,25 @@ def _describe(value: Any) -> str:
     return type(value).__name__
 
 
-def _hook(
-    register: Callable[..., Any], me: weakref.ref[Watcher], method: Callable[..., None], **options: Any
-) -> None:
-    handle: list[Any] = []
+class _Hook:
+    """Calls a watcher's method; it keeps no dropped optimiser alive, and in a copy of the module it does nothing."""
 
-    def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *result: Any) -> None:
-        watcher = me()
+    def __init__(self, watcher: Watcher, method: Callable[..., None]) -> None:
+        self._watcher, self._method = weakref.ref(watcher), method
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *result: Any
+    ) -> None:
+        watcher = self._watcher()
         if watcher is not None:
-            method(watcher, args, kwargs, *result)
-        elif handle:
-            handle.pop().remove()
+            self._method(watcher, args, kwargs, *result)
 
-    handle.append(register(call, with_kwargs=True, **options))
+    def __reduce__(self) -> tuple[type[_Idle], tuple[()]]:
+        return _Idle, ()
+
+
+class _Idle:
+    """What a hook is in a copy of the module, by `copy.deepcopy` or `torch.save`."""
+
+    def __call__(self, *args: Any) -> None:
+        """Nothing: the copy is nobody's to watch."""

@@ -24,8 +24,14 @@ class Damping(abc.ABC):
         """Whether the reduction ratio ρ is wanted after this step (it costs a forward pass)."""
 
     @abc.abstractmethod
-    def update(self, damping: float, ratio: float) -> float:
-        """λ after a step with reduction ratio ρ = [h(θ+δ) − h(θ)] / [M(δ) − M(0)]."""
+    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
+        """λ after a step.
+
+        Args:
+            damping: λ.
+            ratio: ρ = [h(θ+δ) − h(θ)] / [M(δ) − M(0)].
+            alpha: the running average of α, where one number describes it.
+        """
 
 
 @dataclass(frozen=True)
@@ -38,19 +44,24 @@ class ConstantDamping(Damping):
         """Never: ρ is not needed."""
         return False
 
-    def update(self, damping: float, ratio: float) -> float:
+    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
         """λ, unchanged."""
         return damping
 
 
 @dataclass(frozen=True)
 class LevenbergMarquardt(Damping):
-    """The Levenberg–Marquardt rule, Martens & Grosse 2015, §6.5.
+    """The Levenberg–Marquardt rule, Martens & Grosse 2015, §6.5, with a second witness.
+
+    ρ says whether the quadratic model can be trusted, but that model has the exact Fisher information: it stays true
+    even where F̂ is wrong, because α then shrinks. α itself tells: it is Δᵀ(F̂+λI)Δ over Δᵀ(F+λI)Δ, the curvature that
+    the metric expects along Δ over the true one. Where it is small, λ has let in directions that F̂ does not know.
 
     Attributes:
         initial: λ at the start, in nats per parameter².
         decay: ω₁, what a step of good agreement leaves of λ.
         period: T₁, steps between two measurements of ρ.
+        trust: (low, high): λ rises where α is below low, and falls only where it is above high.
         least: λ never falls below it.
         greatest: λ never rises above it.
     """
@@ -58,7 +69,8 @@ class LevenbergMarquardt(Damping):
     initial: float = 1.0
     decay: float = 0.9  # ω₁
     period: int = 5  # T₁
-    least: float = 1e-6
+    trust: tuple[float, float] = (0.12, 0.2)
+    least: float = 1e-8
     greatest: float = 1e6
 
     def __post_init__(self) -> None:
@@ -72,15 +84,16 @@ class LevenbergMarquardt(Damping):
         """Every `period` steps."""
         return step % self.period == 0
 
-    def update(self, damping: float, ratio: float) -> float:
-        """λω where ρ > ¾, λ/ω where ρ < ¼, and more at once where the loss rose."""
+    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
+        """λω where ρ > ¾ and α is large enough, λ/ω where ρ < ¼ or α is too small; twice that where the loss rose."""
         factor = self.decay**self.period
+        low, high = self.trust
         if not math.isfinite(ratio) or ratio < 0:
             damping = damping / factor**2
-        elif ratio > 0.75:
-            damping = damping * factor
-        elif ratio < 0.25:
+        elif ratio < 0.25 or (alpha is not None and alpha < low):
             damping = damping / factor
+        elif ratio > 0.75 and (alpha is None or alpha > high):
+            damping = damping * factor
         return min(max(damping, self.least), self.greatest)
 
 

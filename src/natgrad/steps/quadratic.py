@@ -51,7 +51,7 @@ class QuadraticModel:
         scale = Q.diagonal()
         scale = torch.where(scale > 0, scale, torch.ones_like(scale)).rsqrt()
         system = Q * scale[:, None] * scale + 1e-6 * torch.eye(len(free), dtype=torch.float64)
-        c[free] = -scale * torch.linalg.lstsq(system, (slope * scale)[:, None]).solution[:, 0]
+        c[free] = -scale * torch.linalg.solve(system, slope * scale)
         return c
 
     def change(self, c: Float[Tensor, "K"]) -> float:

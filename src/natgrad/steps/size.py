@@ -59,33 +59,64 @@ class FixedStep(StepSize):
 class AdaptiveStep(StepSize):
     """α and μ minimise the quadratic model with the exact Fisher information (Martens & Grosse 2015, §6.4 and §7).
 
-    In the first steps every layer gets an α of its own, from the same model: the block-diagonal F̂ does not know how
-    layers act together, and a coarse space of one direction a layer corrects that (two-level preconditioning; for
-    K-FAC see Tselepidis, Kohler & Orvieto 2020, arXiv 2011.00573). Later it would starve layers whose progress is
-    slow but lasting, so it ends.
+    Three things differ from that paper, each because a batch holds far fewer examples than a network has parameters:
+
+    - Δ is made from an average of recent gradients, while the model's slope is the present batch's. An example that
+      has just shaped Δ would otherwise both overstate the slope and, through its own outputs, the curvature along Δ.
+    - In the first steps every layer has an α of its own, from the same model: the block-diagonal F̂ does not know how
+      layers act together, and a coarse space of one direction a layer corrects that (two-level preconditioning; for
+      K-FAC see Tselepidis, Kohler & Orvieto 2020, arXiv 2011.00573). Later it would starve layers whose progress is
+      slow but lasting, so it ends.
+    - α may not outgrow its own running average at once: along a direction whose curvature a slice of the batch happens
+      to miss, the model promises too much.
 
     Attributes:
         momentum: μ if it is to be fixed; None to adapt it.
-        fraction: the part of each batch on which F's products are taken.
+        averaging: β, what a step leaves of the averaged gradient.
+        settle: averaging begins after so many steps; before, the loss moves too fast for old gradients to count.
         coarse: for how many steps layers have their own α.
         groups: at most so many groups of layers then.
+        fraction: the part of each batch on which F's products are taken.
+        growth: α is at most this multiple of its running average.
     """
 
     momentum: float | None = None
-    fraction: float = 0.25
-    coarse: int = 25
+    averaging: float = 0.9  # β
+    settle: int = 10
+    coarse: int = 15
     groups: int = 8
+    fraction: float = 0.15
+    growth: float = 1.3
 
     def __post_init__(self) -> None:
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum={self.momentum} must lie in [0, 1), or be None to adapt it")
+        if not 0 <= self.averaging < 1:
+            raise ConfigError(f"averaging={self.averaging} must lie in [0, 1)")
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"fraction={self.fraction} must lie in (0, 1]")
+        if not self.growth >= 1:
+            raise ConfigError(f"growth={self.growth} must be at least 1")
 
-    def coefficients(self, model: QuadraticModel, previous: int | None) -> Float[Tensor, "K"]:
-        """c for the model's directions; `previous` is the index of the last step among them, if there was one."""
+    def keep(self, step: int) -> float:
+        """β in this step: 0 until the loss has settled, then an equal-weighted mean that becomes an exponential one."""
+        return 0.0 if step < self.settle else min(self.averaging, 1.0 - 1.0 / (step - self.settle + 1))
+
+    def coefficients(
+        self, model: QuadraticModel, previous: int | None, usual: float | None
+    ) -> Float[Tensor, "K"]:
+        """c for the model's directions.
+
+        Args:
+            model: the quadratic model; its first direction is Δ, or a part of it.
+            previous: the index of the last step among them, if there was one.
+            usual: the running average of α, where it is to be bounded.
+        """
         fixed = {} if previous is None or self.momentum is None else {previous: self.momentum}
-        return model.minimise(fixed)
+        c = model.minimise(fixed)
+        if usual is not None and float(c[0]) > self.growth * usual:
+            c = model.minimise(fixed | {0: self.growth * usual})
+        return c
 
 
 def step_size_from(lr: float | StepSize | None, momentum: float | None) -> StepSize:

@@ -88,5 +88,6 @@ def merged(records: list[LayerRecord]) -> Rows:
     if len(records) == 1:
         return inputs[0], signals[0]
     if len({len(x) for x in inputs}) > 1:  # one use was not on the batch: then each row stands for itself
-        inputs, signals = ([rows.reshape(1, -1, *rows.shape[2:]) for rows in side] for side in (inputs, signals))
+        inputs = [x.reshape(1, -1, *x.shape[2:]) for x in inputs]
+        signals = [g.reshape(1, -1, *g.shape[2:]) for g in signals]
     return torch.cat(inputs, dim=1), torch.cat(signals, dim=1)

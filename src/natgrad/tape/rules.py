@@ -31,6 +31,10 @@ class Geometry(abc.ABC):
     def signals(self, raw: Tensor, examples: int) -> Tensor:
         """Back-propagated signals, row by row: ``[batch, shared, groups · out]``."""
 
+    @abc.abstractmethod
+    def unbatched(self, raw: Tensor) -> bool:
+        """Whether an input has no batch dimension."""
+
 
 @dataclass(frozen=True)
 class LinearGeometry(Geometry):
@@ -44,6 +48,9 @@ class LinearGeometry(Geometry):
 
     def signals(self, raw: Float[Tensor, "*lead f"], examples: int) -> Float[Tensor, "batch shared f"]:
         return _by_example(raw, examples)
+
+    def unbatched(self, raw: Tensor) -> bool:
+        return raw.dim() == 1
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,9 @@ class ConvolutionGeometry(Geometry):
     def signals(self, raw: Tensor, examples: int) -> Float[Tensor, "batch shared f"]:
         g = raw if raw.dim() == len(self.kernel) + 2 else raw.unsqueeze(0)
         return _by_example(g.flatten(2).transpose(1, 2), examples)
+
+    def unbatched(self, raw: Tensor) -> bool:
+        return raw.dim() == len(self.kernel) + 1
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from natgrad.errors import NonFiniteError
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.rules import RULES, Geometry, Use
 
@@ -85,6 +86,9 @@ class Tape:
             signals: a tensor of the same shape for each output.
             examples: how many examples the batch holds.
             names: names of the blocks wanted; all by default.
+
+        Raises:
+            NonFiniteError: an input or a signal is not finite; says of which block.
         """
         wanted = self.blocks.keys() if names is None else set(names)
         calls = [call for call in self._calls if call.block.weight in wanted]
@@ -100,6 +104,7 @@ class Tape:
             retain_graph=True,
             allow_unused=True,
         )
+        _require_finite(calls, gradients)
         return [
             LayerRecord(call.block, call.geometry, call.raw_inputs, g.detach(), examples, call.has_bias)
             for call, g in zip(calls, gradients, strict=True)
@@ -129,7 +134,8 @@ class Tape:
             use = rule(*args, **kwargs)
             if id(use.weight) in self._names:
                 self._note(use, result)
-                args, kwargs = (use.raw_input,), {}  # an input that is a parameter itself acts outside the rule
+                # An input that is a parameter itself acts outside the rule.
+                args, kwargs = (use.raw_input,), {}
         for tensor in _tensors((args, tuple(kwargs.values()))):
             name = self._names.get(id(tensor))
             if name is not None and _acts(result):
@@ -163,6 +169,22 @@ class Tape:
                     known, use.geometry, use.raw_input.detach(), edge, bias is not None and bias == known.bias
                 )
             )
+
+
+def _require_finite(calls: Sequence[Call], signals: Sequence[Tensor | None]) -> None:
+    """Raises NonFiniteError if an input or a signal is not finite: a sum shows it, and one number is read for all."""
+    pairs = [(call, g) for call, g in zip(calls, signals, strict=True) if g is not None]
+    sums = [_sum(call.raw_inputs) + _sum(g) for call, g in pairs]
+    if not sums or torch.isfinite(torch.stack(sums).sum()):
+        return
+    layer = next(
+        (call.block.weight for (call, _), s in zip(pairs, sums, strict=True) if not torch.isfinite(s)), ""
+    )
+    raise NonFiniteError(f"an input of {layer}, or a signal sent back to its output, is not finite")
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _acts(result: Any) -> bool:

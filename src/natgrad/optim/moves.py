@@ -1,0 +1,67 @@
+"""How a decided direction becomes a change of the parameters: momentum, the groups' lr, decoupled weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+# A parameter's group, the parameter, and its state, by its name.
+At = Callable[[str], tuple[dict[str, Any], nn.Parameter, dict[str, Any]]]
+
+
+def velocity_of(direction: Mapping[str, Tensor], momentum: float, at: At) -> dict[str, Tensor]:
+    """v ← μv + Δ, kept in the state; Δ itself where μ = 0."""
+    if not momentum:
+        return dict(direction)
+    velocity: dict[str, Tensor] = {}
+    for name, delta in direction.items():
+        state = at(name)[2]
+        if "velocity" not in state:
+            state["velocity"] = delta.clone()
+        else:
+            state["velocity"].mul_(momentum).add_(delta)
+        velocity[name] = state["velocity"]
+    return velocity
+
+
+def go(velocity: Mapping[str, Tensor], at: At) -> None:
+    """θ ← (1 − lr·decay) θ + lr·v, by the operations of `torch.optim.SGD`."""
+    for name, v in velocity.items():
+        group, p, _ = at(name)
+        if group["weight_decay"]:
+            p.mul_(1.0 - group["lr"] * group["weight_decay"])
+        p.add_(v, alpha=group["lr"])
+
+
+def update_of(
+    direction: Mapping[str, Tensor],
+    parts: Sequence[Sequence[str]],
+    alphas: Sequence[float],
+    momentum: float,
+    at: At,
+) -> dict[str, Tensor]:
+    """δ = lr (Σ_k α_k Δ_k + μδ₀) by name, where lr is the group's factor; kept in the state as the next δ₀."""
+    update: dict[str, Tensor] = {}
+    for names, alpha in zip(parts, alphas, strict=True):
+        for name in names:
+            group, _, state = at(name)
+            if "last" not in state:
+                state["last"] = direction[name].mul(alpha * group["lr"])
+            else:
+                state["last"].mul_(momentum * group["lr"]).add_(direction[name], alpha=alpha * group["lr"])
+            update[name] = state["last"]
+    return update
+
+
+def add(
+    update: Mapping[str, Tensor], parts: Sequence[Sequence[str]], alphas: Sequence[float], at: At
+) -> None:
+    """θ ← (1 − |α| lr·decay) θ + δ."""
+    for names, alpha in zip(parts, alphas, strict=True):
+        for name in names:
+            group, p, _ = at(name)
+            if group["weight_decay"]:
+                p.mul_(1.0 - group["lr"] * abs(alpha) * group["weight_decay"])
+            p.add_(update[name])
