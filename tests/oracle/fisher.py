@@ -13,6 +13,7 @@ import torch
 from oracle import likelihoods
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Find = Callable[[Any], Any]
 
@@ -54,7 +55,8 @@ def jacobian(model: nn.Module, x: Tensor, find: Find = lambda z: z) -> Tensor:
         return torch.cat([z.reshape(-1) for z in (found if isinstance(found, tuple) else (found,))])
 
     values = trainable(model)
-    by_name = jacrev(outputs)(values)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no batching rule
+        by_name = jacrev(outputs)(values)
     return torch.cat([by_name[name].reshape(by_name[name].shape[0], -1) for name in values], dim=1)
 
 

@@ -68,11 +68,11 @@ class Schedule:
     factors_every: int = 1
     inverses_every: int = 5
     tangents: int = 2
-    tangents_share: float = 0.25
+    tangents_share: float = 0.15
 
 
 START = Schedule("no learning rate, at the start: factors and inverses each step", inverses_every=1)
-SETTLED = Schedule("no learning rate, settled: both every 16 steps", factors_every=16, inverses_every=16)
+SETTLED = Schedule("no learning rate, settled: factors every 5 steps, inverses every 10", 5, 10)
 FIXED = Schedule("lr= given, factors every 10 steps, inverses every 20", 10, 20, tangents=0)
 SCHEDULES = (START, SETTLED, FIXED)  # natgrad adapts its periods between the first two
 

@@ -29,3 +29,12 @@ def accumulate(total: Tensor, value: Tensor, decay: float, weight: float) -> Non
         torch.mul(value, weight, out=total)
     else:
         total.mul_(decay).add_(value, alpha=weight)
+
+
+def decay_since(decay: float, last: int | None, now: int) -> float:
+    """What remains of an average last fed in step `last`: ε for every step since, whether or not it was fed then.
+
+    Counting steps rather than feedings keeps the average's horizon where it is when the refresh period grows. For a
+    further micro-batch of the same step it is 1.
+    """
+    return decay if last is None else decay ** (now - last)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.errors import StepError
-from natgrad.metrics.average import Weight, accumulate
+from natgrad.metrics.average import Weight, accumulate, decay_since
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
 from natgrad.metrics.refresh import Refresh
 from natgrad.operators import Diagonal as DiagonalOperator
@@ -85,7 +85,7 @@ class _DiagonalEstimate(Estimate):
     def _begin(self, name: str, observation: Observation) -> float:
         """Counts a micro-batch for a parameter, and says what remains of its old total."""
         first = observation.first or self._steps.get(name) != observation.step
-        decay = self._metric.decay if first else 1.0
+        decay = decay_since(self._metric.decay, self._steps.get(name), observation.step)
         self._totals.setdefault(name, torch.zeros_like(self.parameters[name]))
         self._weights.setdefault(name, Weight()).add(observation.denominator(first), decay)
         self._steps[name] = observation.step
@@ -114,12 +114,14 @@ class _DiagonalEstimate(Estimate):
         return {
             "totals": dict(self._totals),
             "weights": {name: weight.total for name, weight in self._weights.items()},
+            "steps": dict(self._steps),
             "refresh": self._refresh.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._totals = {name: total.clone() for name, total in state["totals"].items()}
         self._weights = {name: Weight(total) for name, total in state["weights"].items()}
+        self._steps = dict(state["steps"])
         self._refresh.load_state_dict(state["refresh"])
 
 

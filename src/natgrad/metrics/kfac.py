@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import StepError
+from natgrad.errors import ConfigError, StepError
 from natgrad.linalg import Stage, accumulate_gram
-from natgrad.metrics.average import Weight
+from natgrad.metrics.average import Weight, decay_since
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
 from natgrad.metrics.refresh import Refresh
 from natgrad.operators import BlockDiagonal, FactoredInverse, Kronecker, LinearOperator, ParameterSpace
@@ -34,18 +34,23 @@ class KFAC(Metric):
         decay: ε of the running averages (Martens & Grosse 2015, §5).
         factors: observe the factors every so many steps; adapted to how fast they move if None.
         inverses: invert them every so many steps; adapted likewise if None.
+        examples: at most about so many examples of a batch enter the factors, evenly spaced; None for all. Their average
+            over steps is fed often enough, and the products behind them are most of an observation's cost.
     """
 
     kind: Kind = "mc"
     decay: float = 0.95
     factors: int | None = None
     inverses: int | None = None
+    examples: int | None = 512
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
         check_decay(self.decay)
         Refresh(self.factors)
         Refresh(self.inverses)
+        if self.examples is not None and self.examples < 1:
+            raise ConfigError(f"examples={self.examples} must be at least 1, or None for all")
 
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
         """An estimate of the factors for the linear maps and convolutions among the parameters."""
@@ -95,7 +100,7 @@ class _KFACEstimate(Estimate):
         self.kind = metric.kind
         self._blocks: dict[str, _Factors] = {}
         self._observing = Refresh(metric.factors)
-        self._inverting = Refresh(metric.inverses)
+        self._inverting = Refresh(metric.inverses, longest=10)
         self._root_damping: float | None = None
 
     def covers(self, name: str) -> bool:
@@ -106,17 +111,22 @@ class _KFACEstimate(Estimate):
 
     def observe(self, observation: Observation) -> None:
         seen: set[str] = set()
+        most = self._metric.examples
+        stride = 1 if most is None else -(-observation.examples // most)
+        share = -(-observation.examples // stride) / observation.examples
         for signal_pass in observation.passes:
-            for block, records in signal_pass.records(self.parameters).items():
+            for block, found in signal_pass.records(self.parameters).items():
+                records = [record.thinned(stride) for record in found]
                 factors = self._factors(block)
                 first_column = block.weight not in seen
                 if first_column:  # the inputs are the same in every pass of one batch
                     seen.add(block.weight)
                     first = observation.first or factors.step != observation.step
-                    decay, factors.step = (self._metric.decay if first else 1.0), observation.step
+                    decay = decay_since(self._metric.decay, factors.step, observation.step)
+                    factors.step = observation.step
                     factors.add_inputs(records, decay)
                     factors.G_weight.add(observation.denominator(first), decay)
-                factors.add_signals(records, decay if first_column else 1.0, observation.numerator)
+                factors.add_signals(records, decay if first_column else 1.0, observation.numerator / share)
         self._observing.took(observation.step)
         self._observing.observed(self._sums())
 
@@ -175,6 +185,7 @@ class _KFACEstimate(Estimate):
                     "A": f.A,
                     "G": f.G,
                     "weights": (f.A_weight.total, f.G_weight.total),
+                    "step": f.step,
                     "inverse": None if f.inverse is None else (f.inverse.A_inverse, f.inverse.G_inverse),
                 }
                 for weight, f in self._blocks.items()
@@ -191,6 +202,7 @@ class _KFACEstimate(Estimate):
             factors.A.copy_(saved["A"])
             factors.G.copy_(saved["G"])
             factors.A_weight, factors.G_weight = map(Weight, saved["weights"])
+            factors.step = saved["step"]
             if saved["inverse"] is not None:
                 identity_A, identity_G = (
                     torch.eye(t.shape[-1], dtype=t.dtype, device=t.device).expand_as(t)

@@ -11,8 +11,9 @@ from torch import Tensor
 from natgrad.errors import ConfigError
 
 # Drift is the relative change of the average's entries on a fixed sample since the last look. Below LOW the period
-# doubles, above HIGH it halves.
-LOW, HIGH, LONGEST = 0.04, 0.12, 16
+# doubles, above HIGH it halves. It also stays below a quarter of the average's age: what is young moves, even if the
+# noise of its first batches hides it.
+LOW, HIGH, YOUTH = 0.15, 0.4, 4
 SAMPLE = 256
 
 
@@ -24,12 +25,13 @@ class Refresh:
         longest: the longest period that adapting may choose.
     """
 
-    def __init__(self, period: int | None, longest: int = LONGEST) -> None:
+    def __init__(self, period: int | None, longest: int = 5) -> None:
         if period is not None and period < 1:
             raise ConfigError(f"a refresh period must be at least 1 step, or None to adapt it; got {period}")
         self._fixed = period
         self._longest = longest
         self.period = period or 1
+        self._first: int | None = None
         self._last: int | None = None
         self._seen: dict[str, Tensor] = {}
 
@@ -39,6 +41,7 @@ class Refresh:
 
     def took(self, step: int) -> None:
         """Notes that the average was looked at in this step."""
+        self._first = step if self._first is None else self._first
         self._last = step
 
     def observed(self, averages: Mapping[str, Tensor], other: float = 0.0) -> None:
@@ -56,8 +59,9 @@ class Refresh:
         self.drift = drift
         if drift is None:
             return
+        age = (self._last or 0) - (self._first or 0)
         if drift < LOW:
-            self.period = min(2 * self.period, self._longest)
+            self.period = max(1, min(2 * self.period, self._longest, age // YOUTH))
         elif drift > HIGH:
             self.period = max(1, self.period // 2)
 
@@ -73,8 +77,8 @@ class Refresh:
         return float(torch.stack(moved).mean()) if moved else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"period": self.period, "last": self._last, "seen": dict(self._seen)}
+        return {"period": self.period, "first": self._first, "last": self._last, "seen": dict(self._seen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.period, self._last = state["period"], state["last"]
+        self.period, self._first, self._last = state["period"], state["first"], state["last"]
         self._seen = {name: value.clone() for name, value in state["seen"].items()}

@@ -52,7 +52,7 @@ def loss_of(watcher: Watcher, returned: Tensor | float | None, additive: bool) -
     """h(θ) without the penalty: the mean over micro-batches, or their sum if the loss sums; None if none was seen."""
     if watcher.losses:
         return _joined([float(value) for value in watcher.losses], additive)
-    return None if returned is None else float(returned)
+    return float(returned.detach()) if isinstance(returned, Tensor) else returned
 
 
 def _joined(values: list[float], additive: bool) -> float:

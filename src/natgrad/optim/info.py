@@ -22,6 +22,7 @@ class StepInfo:
         predicted: M(δ) − M(0), in nats.
         actual: h(θ+δ) − h(θ) on the same batch, in nats, where it was measured.
         observed: whether curvature was observed in this step.
+        undone: whether this step took the last one back, because the batch's loss was beyond what batches explain.
         skipped: how many steps were skipped so far because something was not finite.
         stages: block → factor → the stage of the fallback that its factorisation took, where not the first.
         seconds: phase → seconds of this step.
@@ -38,6 +39,7 @@ class StepInfo:
     predicted: float | None = None
     actual: float | None = None
     observed: bool = False
+    undone: bool = False
     skipped: int = 0
     stages: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)

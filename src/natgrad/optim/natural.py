@@ -34,6 +34,7 @@ from natgrad.optim.saving import load_state, save_state
 from natgrad.optim.watcher import Watcher
 from natgrad.steps import (
     AdaptiveStep,
+    Alarm,
     ConstantDamping,
     Damping,
     FixedStep,
@@ -110,6 +111,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._on_nonfinite = on_nonfinite
         self._step, self._skipped, self._batch = 0, 0, 0
         self._usual_alpha: float | None = None
+        self._alarm = Alarm()
         default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0
         self._built = False
         super().__init__(self._members.groups, {"lr": default_lr})
@@ -154,6 +156,11 @@ class NaturalGradient(torch.optim.Optimizer):
             return returned
         if isinstance(self.step_size, AdaptiveStep) or self.damping_rule.due(self._step + 1):
             require_batch(self._watcher, loss)
+        if isinstance(self.step_size, AdaptiveStep) and loss is not None:
+            if self._alarm.rings(loss) and not self.info.undone:
+                self._undo(loss, norm)
+                return returned
+            self._alarm = self._alarm.after(loss)
         record: dict[str, Any] = {"loss": loss, "damping": self.damping, "grad_norm": norm}
         try:
             with self._timed("solve"):
@@ -270,7 +277,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 "actual": None if math.isnan(actual) else actual
             }  # too small to be seen: ρ would be rounding
         ratio = actual / predicted if predicted < 0 else math.nan
-        self.damping = self.damping_rule.update(self.damping, ratio, self._usual_alpha)
+        self.damping = self.damping_rule.update(self.damping, ratio, self._usual_alpha, self._step + 1)
         return {"actual": actual, "rho": ratio}
 
     # ---- what the step needs --------------------------------------------------------------------------------------
@@ -368,6 +375,17 @@ class NaturalGradient(torch.optim.Optimizer):
         self.info = StepInfo(
             step=self._step, loss=loss, damping=self.damping, grad_norm=norm, skipped=self._skipped
         )
+
+    def _undo(self, loss: float, norm: float) -> None:
+        """Takes the last step back, forgets what led to it, and trusts the model less."""
+        for name in self._members.members:
+            state = self._at(name)[2]
+            if "last" in state:
+                self._at(name)[1].sub_(state.pop("last"))
+            state.pop("gradient", None)
+        damping, self._usual_alpha = self.damping, None
+        self.damping = self.damping_rule.update(self.damping_rule.update(damping, math.nan), math.nan)
+        self._finish({"loss": loss, "damping": damping, "grad_norm": norm, "undone": True})
 
     def _finish(self, record: dict[str, Any]) -> None:
         self._step += 1

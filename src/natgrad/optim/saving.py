@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from natgrad.errors import StateError
 from natgrad.optim.info import StepInfo
+from natgrad.steps import Alarm
 
 if TYPE_CHECKING:
     from natgrad.optim.natural import NaturalGradient
@@ -28,6 +29,8 @@ def save_state(optimizer: NaturalGradient, base: dict[str, Any]) -> dict[str, An
         "skipped": optimizer._skipped,
         "damping": optimizer.damping,
         "usual_alpha": optimizer._usual_alpha,
+        "alarm": (optimizer._alarm.mean, optimizer._alarm.deviation, optimizer._alarm.count),
+        "undone": optimizer.info.undone,
         "generator": curvature.generator.get_state(),
         "estimates": [estimate.state_dict() for _, estimate, _ in curvature.estimates],
         "blocks": [dict(tape.blocks) for _, _, tape in curvature.estimates],
@@ -69,6 +72,7 @@ def load_state(
         raise StateError(f"this state does not fit the parameter groups: {error}") from error
     optimizer._step, optimizer._batch, optimizer._skipped = own["step"], own["batch"], own["skipped"]
     optimizer.damping, optimizer._usual_alpha = own["damping"], own["usual_alpha"]
-    optimizer.info = StepInfo(step=own["step"], damping=own["damping"], skipped=own["skipped"])
+    optimizer._alarm = Alarm(*own["alarm"])
+    optimizer.info = StepInfo(step=own["step"], damping=own["damping"], skipped=own["skipped"], undone=own["undone"])
     optimizer._watcher.clear()
     optimizer._curvature.load(own)

@@ -1,5 +1,6 @@
 """The quadratic model, and the strategies that choose λ, α and μ."""
 
+from natgrad.steps.alarm import Alarm
 from natgrad.steps.damping import ConstantDamping, Damping, LevenbergMarquardt, damping_from
 from natgrad.steps.penalty import L2
 from natgrad.steps.quadratic import QuadraticModel
@@ -8,6 +9,7 @@ from natgrad.steps.size import AdaptiveStep, FixedStep, StepSize, step_size_from
 __all__ = [
     "L2",
     "AdaptiveStep",
+    "Alarm",
     "ConstantDamping",
     "Damping",
     "FixedStep",

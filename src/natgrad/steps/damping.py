@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from natgrad.errors import ConfigError
 
 
+PESSIMISM = 1.25
+
+
 @dataclass(frozen=True)
 class Damping(abc.ABC):
     """Decides λ. The value itself is kept by the optimiser."""
@@ -24,13 +27,14 @@ class Damping(abc.ABC):
         """Whether the reduction ratio ρ is wanted after this step (it costs a forward pass)."""
 
     @abc.abstractmethod
-    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
+    def update(self, damping: float, ratio: float, alpha: float | None = None, step: int = 0) -> float:
         """λ after a step.
 
         Args:
             damping: λ.
             ratio: ρ = [h(θ+δ) − h(θ)] / [M(δ) − M(0)].
             alpha: the running average of α, where one number describes it.
+            step: how many steps were taken, this one included.
         """
 
 
@@ -44,7 +48,7 @@ class ConstantDamping(Damping):
         """Never: ρ is not needed."""
         return False
 
-    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
+    def update(self, damping: float, ratio: float, alpha: float | None = None, step: int = 0) -> float:
         """λ, unchanged."""
         return damping
 
@@ -61,6 +65,8 @@ class LevenbergMarquardt(Damping):
         initial: λ at the start, in nats per parameter².
         decay: ω₁, what a step of good agreement leaves of λ.
         period: T₁, steps between two measurements of ρ.
+        hurry: for so many steps ρ is measured each time, and λ falls each time that ρ > 1¼: the loss then fell by much
+            more than a model weighed down by λ had promised. What the user gave as `initial` is soon forgotten.
         trust: (low, high): λ rises where α is below low, and falls only where it is above high.
         least: λ never falls below it.
         greatest: λ never rises above it.
@@ -69,7 +75,8 @@ class LevenbergMarquardt(Damping):
     initial: float = 1.0
     decay: float = 0.9  # ω₁
     period: int = 5  # T₁
-    trust: tuple[float, float] = (0.12, 0.2)
+    hurry: int = 10
+    trust: tuple[float, float] = (0.2, 0.35)
     least: float = 1e-8
     greatest: float = 1e6
 
@@ -81,13 +88,15 @@ class LevenbergMarquardt(Damping):
             raise ConfigError(f"period={self.period} must be at least 1 step")
 
     def due(self, step: int) -> bool:
-        """Every `period` steps."""
-        return step % self.period == 0
+        """Every `period` steps, and each of the first ones, in which the user's λ meets the loss."""
+        return step % self.period == 0 or step <= self.hurry
 
-    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
+    def update(self, damping: float, ratio: float, alpha: float | None = None, step: int = 0) -> float:
         """λω where ρ > ¾ and α is large enough, λ/ω where ρ < ¼ or α is too small; twice that where the loss rose."""
         factor = self.decay**self.period
         low, high = self.trust
+        if step % self.period and 0.25 <= ratio:  # an extra look: only what is plain counts
+            return max(damping * factor**2, self.least) if ratio > PESSIMISM else damping
         if not math.isfinite(ratio) or ratio < 0:
             damping = damping / factor**2
         elif ratio < 0.25 or (alpha is not None and alpha < low):

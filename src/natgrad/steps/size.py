@@ -97,6 +97,8 @@ class AdaptiveStep(StepSize):
             raise ConfigError(f"fraction={self.fraction} must lie in (0, 1]")
         if not self.growth >= 1:
             raise ConfigError(f"growth={self.growth} must be at least 1")
+        if self.groups < 1:
+            raise ConfigError(f"groups={self.groups} must be at least 1")
 
     def keep(self, step: int) -> float:
         """β in this step: 0 until the loss has settled, then an equal-weighted mean that becomes an exponential one."""
@@ -114,7 +116,10 @@ class AdaptiveStep(StepSize):
         """
         fixed = {} if previous is None or self.momentum is None else {previous: self.momentum}
         c = model.minimise(fixed)
-        if usual is not None and float(c[0]) > self.growth * usual:
+        if previous is not None and abs(float(c[previous])) > 1.0:  # a tiny last step says little about far away
+            fixed = {previous: math.copysign(1.0, float(c[previous]))}
+            c = model.minimise(fixed)
+        if usual is not None and usual > 0 and float(c[0]) > self.growth * usual:
             c = model.minimise(fixed | {0: self.growth * usual})
         return c
 

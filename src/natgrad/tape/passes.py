@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -49,18 +50,21 @@ class SignalPass:
         named = [(name, p) for name, p in parameters.items() if p.requires_grad]
         for start in range(0, self.examples, chunk):
             rows = slice(start, min(start + chunk, self.examples))
-            gradients = torch.autograd.grad(
-                [z for z in self.outputs if z.requires_grad],
-                [p for _, p in named],
-                [
-                    _one_example_each(s, rows, self.examples)
-                    for s, z in zip(self.signals, self.outputs, strict=True)
-                    if z.requires_grad
-                ],
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
+            masked = [
+                _one_example_each(s, rows, self.examples)
+                for s, z in zip(self.signals, self.outputs, strict=True)
+                if z.requires_grad
+            ]
+            with warnings.catch_warnings():  # some operations are batched by a loop: slow, and right
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                gradients = torch.autograd.grad(
+                    [z for z in self.outputs if z.requires_grad],
+                    [p for _, p in named],
+                    masked,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
             found = {name: g for (name, _), g in zip(named, gradients, strict=True) if g is not None}
             yield (
                 rows,

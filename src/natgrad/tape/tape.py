@@ -134,8 +134,10 @@ class Tape:
             use = rule(*args, **kwargs)
             if id(use.weight) in self._names:
                 self._note(use, result)
-                # An input that is a parameter itself acts outside the rule.
+                # A parameter as input acts outside the rule, and takes the weight with it: no row is an example's.
                 args, kwargs = (use.raw_input,), {}
+                if id(use.raw_input) in self._names:
+                    args = (use.raw_input, use.weight)
         for tensor in _tensors((args, tuple(kwargs.values()))):
             name = self._names.get(id(tensor))
             if name is not None and _acts(result):

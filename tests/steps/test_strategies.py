@@ -1,0 +1,122 @@
+"""How λ, α and μ are chosen: the rules by themselves, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from natgrad import L2, AdaptiveStep, ConfigError, ConstantDamping, FixedStep, LevenbergMarquardt
+from natgrad.steps import QuadraticModel, damping_from, step_size_from
+
+DTYPE = torch.float64
+
+
+def test_levenberg_marquardt_trusts_a_good_model_more_and_a_bad_one_less() -> None:
+    rule = LevenbergMarquardt()
+    factor = rule.decay**rule.period
+    assert rule.update(1.0, 0.9) == pytest.approx(factor)
+    assert rule.update(1.0, 2.0) == pytest.approx(factor)
+    assert rule.update(1.0, 0.5) == 1.0
+    assert rule.update(1.0, 0.1) == pytest.approx(1 / factor)
+    assert rule.update(1.0, -1.0) > rule.update(1.0, 0.1)
+    assert rule.update(1.0, math.nan) > 1.0
+    assert rule.update(1.0, -math.inf) > 1.0
+
+
+@given(st.floats(1e-12, 1e12), st.floats(allow_nan=True), st.one_of(st.none(), st.floats(0, 3)))
+def test_levenberg_marquardt_stays_within_its_bounds(damping: float, ratio: float, alpha: float | None) -> None:
+    rule = LevenbergMarquardt(least=1e-3, greatest=1e3)
+    assert 1e-3 <= rule.update(damping, ratio, alpha) <= 1e3
+
+
+def test_it_measures_once_a_period() -> None:
+    rule = LevenbergMarquardt(period=4)
+    assert [step for step in range(1, 13) if rule.due(step)] == [4, 8, 12]
+
+
+def test_constant_damping_is_constant() -> None:
+    rule = ConstantDamping(0.5)
+    assert not any(rule.due(step) for step in range(20))
+    assert rule.update(0.5, -1.0) == 0.5
+
+
+def test_damping_from_what_a_user_gives() -> None:
+    assert damping_from(0.1, True) == ConstantDamping(0.1)
+    assert damping_from(2, False) == ConstantDamping(2.0)
+    assert damping_from(None, True) == LevenbergMarquardt()
+    assert isinstance(damping_from(None, False), ConstantDamping)
+    rule = LevenbergMarquardt(initial=3.0)
+    assert damping_from(rule, False) is rule
+
+
+@given(st.floats(1e-3, 1.0), st.floats(1e-6, 1e6), st.floats(1e-3, 1.0))
+def test_the_kl_clip_bounds_the_divergence(lr: float, decrease: float, bound: float) -> None:
+    size = FixedStep(lr, kl_clip=bound)
+    scale = size.scale(lr, decrease)
+    assert 0 < scale <= 1
+    assert 0.5 * (lr * scale) ** 2 * decrease <= bound * (1 + 1e-12)
+    if 0.5 * lr**2 * decrease <= bound:
+        assert scale == 1.0
+    assert FixedStep(lr, kl_clip=None).scale(lr, decrease) == 1.0
+
+
+def test_steps_from_what_a_user_gives() -> None:
+    assert step_size_from(None, None) == AdaptiveStep()
+    assert step_size_from(None, 0.9) == AdaptiveStep(momentum=0.9)
+    assert step_size_from(0.1, None) == FixedStep(0.1)
+    assert step_size_from(1, 0.9) == FixedStep(1.0, 0.9)
+    size = FixedStep(0.1, kl_clip=None)
+    assert step_size_from(size, None) is size
+
+
+def one_direction(slope: float, curvature: float) -> QuadraticModel:
+    return QuadraticModel(
+        1.0,
+        torch.tensor([slope, 0.1], dtype=DTYPE),
+        torch.tensor([[curvature, 0.0], [0.0, 1.0]], dtype=DTYPE),
+        torch.zeros(2, 2, dtype=DTYPE),
+    )
+
+
+def test_coefficients_minimise_the_model_unless_momentum_is_fixed() -> None:
+    model = one_direction(-1.0, 2.0)
+    assert torch.equal(AdaptiveStep().coefficients(model, 1, None), model.minimise())
+    assert torch.equal(AdaptiveStep(momentum=0.5).coefficients(model, 1, None), model.minimise({1: 0.5}))
+    assert torch.equal(AdaptiveStep(momentum=0.5).coefficients(model, None, None), model.minimise())
+
+
+def test_alpha_does_not_outgrow_its_average() -> None:
+    size, model = AdaptiveStep(growth=1.5), one_direction(-1.0, 2.0)
+    assert float(size.coefficients(model, 1, 0.1)[0]) == pytest.approx(0.15)
+    assert float(size.coefficients(model, 1, 10.0)[0]) == pytest.approx(0.5, rel=1e-5)
+    assert float(size.coefficients(model, 1, -0.1)[0]) > 0  # an average that points uphill bounds nothing
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: FixedStep(-0.1),
+        lambda: FixedStep(math.nan),
+        lambda: FixedStep(math.inf),
+        lambda: FixedStep(0.1, momentum=1.0),
+        lambda: FixedStep(0.1, kl_clip=0.0),
+        lambda: AdaptiveStep(momentum=-0.1),
+        lambda: AdaptiveStep(fraction=0.0),
+        lambda: AdaptiveStep(fraction=1.5),
+        lambda: AdaptiveStep(groups=0),
+        lambda: ConstantDamping(-1.0),
+        lambda: ConstantDamping(math.nan),
+        lambda: LevenbergMarquardt(decay=1.0),
+        lambda: LevenbergMarquardt(period=0),
+        lambda: step_size_from(FixedStep(0.1), 0.9),
+        lambda: L2(-1.0),
+        lambda: L2(math.inf),
+    ],
+)
+def test_what_is_out_of_range_is_refused(build) -> None:
+    with pytest.raises(ConfigError):
+        build()

@@ -1,0 +1,312 @@
+"""Σ_s signals ⊗ [inputs, 1] is the per-example gradient, for every way in which a covered parameter may act."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import fisher as oracle
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from natgrad.tape import Tape
+from natgrad.tape.passes import SignalPass, merged
+
+DTYPE = torch.float64
+
+
+class Functional(nn.Module):
+    """Calls functions, not modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4))
+        self.kernel = nn.Parameter(torch.randn(2, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(F.linear(x, weight=self.w, bias=self.b))
+        return F.conv1d(hidden.unsqueeze(-1), self.kernel, stride=(1,)).squeeze(-1)
+
+
+class Twice(nn.Module):
+    """One module on two things, of different numbers of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        once = torch.tanh(self.shared(x))
+        both = torch.stack([once, x], dim=1)
+        return self.last(torch.tanh(self.shared(both)).sum(1) + once)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, of which the second has no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.sin(self.first(x)))
+
+
+class InPlace(nn.Module):
+    """What follows a layer overwrites its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(x).mul_(2), inplace=True)).add_(1)
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.first.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class OnFlattened(nn.Module):
+    """Examples and positions in one dimension, for a linear map and for a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = nn.Linear(4, 6), nn.Conv1d(2, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 4]
+        rows = torch.tanh(self.linear(x.flatten(0, 1)))
+        return self.conv(rows.view(-1, 2, 3)).view(len(x), -1)
+
+
+class Detour(nn.Module):
+    """A branch that no output depends on, and a layer that is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.aside, self.never = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside(x)
+        return self.used(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    covered: bool = True
+
+
+CONV1D = {
+    "plain": {},
+    "stride": {"stride": 2},
+    "padding": {"padding": 2},
+    "same": {"padding": "same"},
+    "same-even": {"padding": "same", "dilation": 3, "kernel_size": 2},
+    "valid": {"padding": "valid"},
+    "dilation": {"dilation": 2, "padding": 1},
+    "groups": {"groups": 2},
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "bias-free": {"bias": False},
+}
+CONV2D = {
+    "plain": {},
+    "stride": {"stride": (2, 1)},
+    "padding": {"padding": (1, 2)},
+    "same": {"padding": "same", "kernel_size": (2, 3)},
+    "valid": {"padding": "valid"},
+    "dilation": {"dilation": (2, 1), "padding": 1, "stride": 2},
+    "groups": {"groups": 2, "padding": 1},
+    "depthwise": {"groups": 4},
+    "reflect": {"padding": (1, 2), "padding_mode": "reflect"},
+    "replicate-same": {"padding": "same", "padding_mode": "replicate"},
+    "bias-free": {"bias": False},
+    "one-by-one": {"kernel_size": 1},
+}
+
+
+def conv(kind: type[nn.Module], options: dict) -> Callable[[], nn.Module]:
+    return lambda: kind(4, 8, **({"kernel_size": 3 if kind is nn.Conv1d else (3, 2)} | options))
+
+
+CASES = {
+    "linear-1d": Case(lambda: nn.Linear(3, 2), (3,)),
+    "linear-2d": Case(lambda: nn.Linear(3, 2), (5, 3)),
+    "linear-3d": Case(lambda: nn.Linear(3, 2), (5, 4, 3)),
+    "linear-4d": Case(lambda: nn.Linear(3, 2), (5, 2, 3, 3)),
+    "linear-bias-free": Case(lambda: nn.Linear(3, 2, bias=False), (5, 3)),
+    "deep": Case(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (5, 3)),
+    "functional": Case(Functional, (5, 3)),
+    "twice": Case(Twice, (5, 3)),
+    "tied": Case(Tied, (5, 3)),
+    "in-place": Case(InPlace, (5, 3)),
+    "in-place-module": Case(
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 2)),
+        (4, 2, 3, 3),
+    ),
+    "frozen": Case(Frozen, (5, 3)),
+    "flattened": Case(OnFlattened, (5, 3, 4)),
+    "detour": Case(Detour, (5, 3)),
+    "unbatched-conv1d": Case(lambda: nn.Conv1d(2, 3, 2), (2, 5)),
+    "unbatched-conv2d": Case(lambda: nn.Conv2d(2, 3, 2), (2, 4, 4)),
+    "batch-of-one": Case(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (1, 3)),
+    **{f"conv1d-{name}": Case(conv(nn.Conv1d, options), (3, 4, 7)) for name, options in CONV1D.items()},
+    **{f"conv2d-{name}": Case(conv(nn.Conv2d, options), (3, 4, 5, 6)) for name, options in CONV2D.items()},
+}
+UNBATCHED = {"linear-1d", "unbatched-conv1d", "unbatched-conv2d"}
+
+
+def recorded(model: nn.Module, x: Tensor) -> tuple[Tape, Tensor]:
+    tape = Tape({name: p for name, p in model.named_parameters() if p.requires_grad})
+    with tape.recording():
+        z = model(x)
+    return tape, z
+
+
+def by_rule(tape: Tape, z: Tensor, signals: Tensor, examples: int) -> dict[str, Tensor]:
+    """Per-example gradients from the records, name by name."""
+    found = {}
+    for block, records in SignalPass(tape, (z,), (signals,), examples).records().items():
+        a, g = merged(records)
+        assert a.shape[:3] == g.shape[:3] == (examples, a.shape[1], block.groups)
+        assert a.shape[3] == block.columns
+        assert g.shape[3] == block.outputs
+        rows = torch.einsum("nsgo,nsgi->ngoi", g, a).flatten(1, 2)
+        found[block.weight] = rows[..., : block.inputs].flatten(1)
+        if block.bias is not None:
+            found[block.bias] = rows[..., -1]
+    return found
+
+
+# torch copies its input where "same" padding is odd, and says so.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_records_give_the_per_example_gradients(name: str) -> None:
+    case = CASES[name]
+    model, x = case.build().to(DTYPE), torch.randn(case.shape, dtype=DTYPE)
+    tape, z = recorded(model, x)
+    signals = torch.randn_like(z)
+    if name in UNBATCHED:
+        J = oracle.jacobian(model, x)
+        expected, examples = (signals.reshape(-1) @ J)[None], 1
+    else:
+        expected, examples = oracle.scores(model, x, signals), len(x)
+    rows = by_rule(tape, z, signals, examples)
+    for parameter in oracle.trainable(model):
+        own = expected[:, oracle.positions(model, [parameter])]
+        if parameter in rows:
+            torch.testing.assert_close(rows[parameter], own)
+        else:
+            assert not own.any()  # no output depends on it
+            assert name == "detour"
+    assert not tape.uncovered
+
+
+def test_coverage_is_of_those_that_acted_and_by_rules_only() -> None:
+    tape, _ = recorded(Detour(), torch.randn(5, 3))
+    assert all(tape.covers(f"{layer}.{kind}") for layer in ("used", "aside") for kind in ("weight", "bias"))
+    assert not tape.covers("never.weight")
+
+
+def test_a_pass_of_signals_touches_no_gradient_and_leaves_the_graph_whole() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
+    tape, z = recorded(model, x)
+    by_rule(tape, z, torch.randn_like(z), 5)
+    by_rule(tape, z, torch.randn_like(z), 5)
+    assert all(p.grad is None for p in model.parameters())
+    z.sum().backward()
+    mine = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).sum().backward()
+    for p, g in zip(model.parameters(), mine):
+        assert torch.equal(p.grad, g)
+
+
+def test_recording_changes_neither_outputs_nor_the_random_stream() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)), torch.randn(5, 3)
+    torch.manual_seed(3)
+    plain, after = model(x), torch.get_rng_state()
+    torch.manual_seed(3)
+    tape, z = recorded(model, x)
+    by_rule(tape, z, torch.randn(5, 2, generator=torch.Generator()), 5)
+    assert torch.equal(plain, z)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_recording_ends_with_its_block_even_if_the_model_raises() -> None:
+    model = nn.Linear(3, 2)
+    tape = Tape(dict(model.named_parameters()))
+    with pytest.raises(RuntimeError), tape.recording():
+        model(torch.randn(5, 4))
+    model(torch.randn(5, 3))
+    assert tape.take() == []
+
+
+def test_a_pass_that_was_taken_can_be_read_after_the_next_one_was_recorded() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(5, 3)
+    tape, z = recorded(model, x)
+    calls = tape.take()
+    with tape.recording():
+        model(torch.randn(7, 3))
+    tape.put(calls)
+    (record,) = tape.records([z], [torch.ones_like(z)], 5)
+    assert torch.equal(record.inputs[:, 0], x)
+
+
+def test_only_the_blocks_asked_for_are_sent_signals() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    tape, z = recorded(model, torch.randn(5, 3))
+    (record,) = tape.records([z], [torch.ones_like(z)], 5, names=["2.weight"])
+    assert record.block.weight == "2.weight"
+    assert record.block.rule == "linear"
+
+
+def test_several_outputs_send_their_signals_together() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = torch.tanh(self.body(x))
+            return self.head(hidden), hidden
+
+    model, x = Two().to(DTYPE), torch.randn(5, 3, dtype=DTYPE)
+    tape = Tape(dict(model.named_parameters()))
+    with tape.recording():
+        z = model(x)
+    signals = tuple(torch.randn_like(part) for part in z)
+    J = oracle.jacobian(model, x)
+    expected = torch.cat([s.reshape(-1) for s in signals]) @ J
+    blocks = SignalPass(tape, z, signals, 5).records()
+    total = {}
+    for block, records in blocks.items():
+        a, g = merged(records)
+        rows = torch.einsum("nsgo,nsgi->oi", g, a)
+        total[block.weight], total[block.bias] = rows[:, :-1].flatten(), rows[:, -1]
+    torch.testing.assert_close(torch.cat([total[name] for name in oracle.trainable(model)]), expected)
+
+
+@pytest.mark.parametrize("width", [2, 3], ids=["nan-input", "inf-signal"])
+def test_what_is_not_finite_is_named(width: int) -> None:
+    from natgrad.errors import NonFiniteError
+
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), torch.randn(5, 3)
+    if width == 2:
+        x[1, 1] = torch.nan
+    tape, z = recorded(model, x)
+    signals = torch.ones_like(z)
+    if width == 3:
+        signals[0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"[01]\.weight"):
+        tape.records([z], [signals], 5)

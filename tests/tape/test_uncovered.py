@@ -1,0 +1,218 @@
+"""What no rule covers is listed with the function that used it; per-example gradients find it all the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import fisher as oracle
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from natgrad.tape import Tape
+from natgrad.tape.passes import SignalPass
+
+DTYPE = torch.float64
+
+
+class Bare(nn.Module):
+    """A parameter that acts by arithmetic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+class Transposed(nn.Module):
+    """A weight used by a rule, and once more through its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) @ self.linear.weight.T
+
+
+class Queries(nn.Module):
+    """A parameter that is a layer's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.project = nn.Parameter(torch.randn(4, 3)), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.project(self.query).mT
+
+
+class SecondBias(nn.Module):
+    """Two layers with one weight, each with its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class SharedBias(nn.Module):
+    """Two layers with one bias, each with its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.bias = self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class OnlyBias(nn.Module):
+    """A bias that is trained under a weight that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.linear.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.attention(x, x, x, need_weights=False)[0])
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(6, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.table(x).sum(1))
+
+
+class TiedLookup(nn.Module):
+    """A language model's tied embedding: looked up, and a linear map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.table(x).sum(1)), self.table.weight)
+
+
+def real(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=DTYPE)
+
+
+def integer(*shape: int) -> Tensor:
+    return torch.randint(6, shape)
+
+
+CASES = {
+    "bare": (Bare, real(5, 3), {"scale": "mul"}),
+    "layer-norm": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)),
+        real(5, 3),
+        {"1.weight": "layer_norm", "1.bias": "layer_norm"},
+    ),
+    "batch-norm": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(),
+        real(5, 3),
+        {"1.weight": "batch_norm", "1.bias": "batch_norm"},
+    ),
+    "transposed": (Transposed, real(5, 3), {"linear.weight": "T"}),
+    "queries": (Queries, real(5, 3), {"query": "linear", "project.weight": "linear"}),
+    "second-bias": (SecondBias, real(5, 3), {"second.bias": "linear with the weight of another block"}),
+    "shared-bias": (SharedBias, real(5, 3), {"first.bias": "linear with the weight of another block"}),
+    "only-bias": (OnlyBias, real(5, 3), {"linear.bias": "linear"}),
+    "embedding": (Lookup, integer(5, 3), {"table.weight": "embedding"}),
+    "tied-embedding": (TiedLookup, integer(5, 3), {"table.weight": "embedding"}),
+    "attention": (
+        Attention,
+        real(5, 3, 4),
+        {
+            f"attention.{name}": "multi_head_attention_forward"
+            for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+        },
+    ),
+    "transposed-convolution": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose1d(3, 2, 2)),
+        real(5, 3, 4),
+        {"1.weight": "conv_transpose1d", "1.bias": "conv_transpose1d"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_no_rule_covers_is_listed(name: str) -> None:
+    build, x, expected = CASES[name]
+    model = build().to(DTYPE)
+    tape = Tape({n: p for n, p in model.named_parameters() if p.requires_grad})
+    with tape.recording():
+        model(x)
+    assert tape.uncovered == expected
+    for parameter in tape.uncovered:
+        assert not tape.covers(parameter)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chunk", [2, 64])
+def test_per_example_gradients_need_no_rule(name: str, chunk: int) -> None:
+    build, x, _ = CASES[name]
+    model = build().to(DTYPE)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    tape = Tape(trained)
+    with tape.recording():
+        z = model(x)
+    signals = torch.randn_like(z)
+    rows = {n: [] for n in trained}
+    for _, scores in SignalPass(tape, (z,), (signals,), len(x)).scores(trained, chunk):
+        for n, score in scores.items():
+            rows[n].append(score.flatten(1))
+    found = torch.cat([torch.cat(rows[n]) for n in trained], dim=1)
+    torch.testing.assert_close(found, oracle.scores(model, x, signals))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_asking_for_a_shape_or_a_detached_copy_is_no_use() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.linear.weight
+            assert w.shape[0] == w.size(0) == len(w)
+            assert w.dtype == x.dtype
+            return self.linear(x) + w.detach().sum() + w.data.norm()
+
+    model = Asks()
+    tape = Tape(dict(model.named_parameters()))
+    with tape.recording():
+        model(torch.randn(5, 3))
+    assert not tape.uncovered
+
+
+def test_a_parameter_that_needs_no_gradient_any_more_has_a_score_of_zero() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3)
+    trained = dict(model.named_parameters())
+    model[0].requires_grad_(False)
+    tape = Tape(trained)
+    with tape.recording():
+        z = model(x)
+    ((_, scores),) = SignalPass(tape, (z,), (torch.ones_like(z),), 5).scores(trained)
+    assert scores["0.weight"].shape == (5, 4, 3)
+    assert not scores["0.weight"].any()
+    assert scores["1.weight"].any()
