@@ -234,8 +234,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 predicted = expansion.model.change(c)
             add(update, parts, alphas, self._at)
         if not coarse:
-            known = self._usual_alpha
-            self._usual_alpha = alphas[0] if known is None else 0.8 * known + 0.2 * alphas[0]
+            alpha, known = max(alphas[0], 0.0), self._usual_alpha
+            self._usual_alpha = alpha if known is None else 0.8 * known + 0.2 * alpha
         record: dict[str, Any] = {
             "alpha": sum(alphas) / len(alphas),
             "momentum": momentum,

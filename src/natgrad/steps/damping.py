@@ -76,7 +76,7 @@ class LevenbergMarquardt(Damping):
     decay: float = 0.9  # ω₁
     period: int = 5  # T₁
     hurry: int = 10
-    trust: tuple[float, float] = (0.2, 0.35)
+    trust: tuple[float, float] = (0.12, 0.3)
     least: float = 1e-8
     greatest: float = 1e6
 
@@ -96,7 +96,7 @@ class LevenbergMarquardt(Damping):
         factor = self.decay**self.period
         low, high = self.trust
         if step % self.period and 0.25 <= ratio:  # an extra look: only what is plain counts
-            return max(damping * factor**2, self.least) if ratio > PESSIMISM else damping
+            return max(damping * factor, self.least) if ratio > PESSIMISM else damping
         if not math.isfinite(ratio) or ratio < 0:
             damping = damping / factor**2
         elif ratio < 0.25 or (alpha is not None and alpha < low):

@@ -13,6 +13,10 @@ from natgrad.errors import ConfigError
 from natgrad.steps.quadratic import QuadraticModel
 
 
+# α below this is never held back: F̂ would have to be wrong by a factor of ten for it to be too large.
+HARMLESS = 0.1
+
+
 @dataclass(frozen=True)
 class StepSize(abc.ABC):
     """Decides α, and the momentum coefficient μ with it."""
