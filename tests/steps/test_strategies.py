@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natgrad import L2, AdaptiveStep, ConfigError, ConstantDamping, FixedStep, LevenbergMarquardt
-from natgrad.steps import QuadraticModel, damping_from, step_size_from
+from natgrad.steps import Alarm, QuadraticModel, damping_from, step_size_from
 
 DTYPE = torch.float64
 
 
 def test_levenberg_marquardt_trusts_a_good_model_more_and_a_bad_one_less() -> None:
-    rule = LevenbergMarquardt()
+    rule = LevenbergMarquardt(hurry=0)
     factor = rule.decay**rule.period
     assert rule.update(1.0, 0.9) == pytest.approx(factor)
     assert rule.update(1.0, 2.0) == pytest.approx(factor)
@@ -34,8 +34,20 @@ def test_levenberg_marquardt_stays_within_its_bounds(damping: float, ratio: floa
 
 
 def test_it_measures_once_a_period() -> None:
-    rule = LevenbergMarquardt(period=4)
+    rule = LevenbergMarquardt(period=4, hurry=0)
     assert [step for step in range(1, 13) if rule.due(step)] == [4, 8, 12]
+    hurried = LevenbergMarquardt(period=4, hurry=5)
+    assert [step for step in range(1, 13) if hurried.due(step)] == [1, 2, 3, 4, 5, 8, 12]
+
+
+def test_an_extra_look_counts_only_what_is_plain() -> None:
+    rule = LevenbergMarquardt(period=5, hurry=10)
+    for ratio in (0.3, 0.8, 1.1):
+        assert rule.update(1.0, ratio, None, 3) == 1.0
+    assert rule.update(1.0, 3.0, None, 3) < 1.0
+    assert rule.update(1.0, 0.1, None, 3) > 1.0
+    assert rule.update(1.0, -1.0, None, 3) > 1.0
+    assert rule.update(1.0, math.nan, None, 3) > 1.0
 
 
 def test_constant_damping_is_constant() -> None:
@@ -91,9 +103,30 @@ def test_coefficients_minimise_the_model_unless_momentum_is_fixed() -> None:
 
 def test_alpha_does_not_outgrow_its_average() -> None:
     size, model = AdaptiveStep(growth=1.5), one_direction(-1.0, 2.0)
-    assert float(size.coefficients(model, 1, 0.1)[0]) == pytest.approx(0.15)
+    assert float(size.coefficients(model, 1, 0.2)[0]) == pytest.approx(0.3)
     assert float(size.coefficients(model, 1, 10.0)[0]) == pytest.approx(0.5, rel=1e-5)
     assert float(size.coefficients(model, 1, -0.1)[0]) > 0  # an average that points uphill bounds nothing
+
+
+def test_momentum_is_at_most_one() -> None:
+    tiny = QuadraticModel(  # the last step was so short that its best multiple is far away
+        1.0, torch.tensor([-1.0, -1e-6]).double(), torch.eye(2).double() * 1e-12, torch.zeros(2, 2).double()
+    )
+    assert abs(float(AdaptiveStep().coefficients(tiny, 1, None)[1])) <= 1.0
+
+
+def test_the_alarm_rings_for_what_no_batch_explains() -> None:
+    alarm = Alarm()
+    for k in range(20):
+        assert not alarm.rings(100.0 if k < 5 else 1.1)  # too early to tell, or ordinary
+        alarm = alarm.after(1.0 + 0.1 * (-1) ** k)
+    assert alarm.mean == pytest.approx(1.0, abs=0.05)
+    assert alarm.rings(3.0)
+    assert not alarm.rings(0.1)
+    falling = Alarm()
+    for k in range(50):
+        assert not falling.rings(0.9**k)
+        falling = falling.after(0.9**k)
 
 
 @pytest.mark.parametrize(

@@ -110,13 +110,13 @@ class Probe:
             fisher += share * _fisher_gram(self.likelihood, outputs, stacked, piece.targets)
         return loss, linear, fisher
 
-    def loss(self) -> float:
-        """h on the slice at the parameters' present values, with the same dropout as in `expand`."""
+    def loss(self, parameters: Mapping[str, Tensor] | None = None) -> float:
+        """h on the slice at the parameters' present values or at those given, with the same dropout as in `expand`."""
         total = 0.0
         for piece, share in zip(self.pieces, self.shares, strict=True):
             if piece.targets is None:
                 return float("nan")
-            outputs = evaluate(self.network, {}, piece, self.find_outputs, self.rng_state)
+            outputs = evaluate(self.network, parameters or {}, piece, self.find_outputs, self.rng_state)
             total += share * float(self.likelihood.loss(_bare(outputs), piece.targets))
         return total
 

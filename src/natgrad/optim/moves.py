@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,3 +65,18 @@ def add(
             if group["weight_decay"]:
                 p.mul_(1.0 - group["lr"] * abs(alpha) * group["weight_decay"])
             p.add_(update[name])
+
+
+def forget(names: Iterable[str], at: At) -> None:
+    """Drops δ₀ of parameters that did not move in this step: it would be an older step's."""
+    for name in names:
+        at(name)[2].pop("last", None)
+
+
+def take_back(names: Iterable[str], at: At) -> None:
+    """θ ← θ − δ₀, and what led to it is forgotten."""
+    for name in names:
+        _, p, state = at(name)
+        if "last" in state:
+            p.sub_(state.pop("last"))
+        state.pop("gradient", None)

@@ -23,13 +23,14 @@ from natgrad.optim.evaluation import (
     norm_of,
     not_finite,
     penalty_of,
+    per_example,
     require_batch,
     require_finite_direction,
 )
 from natgrad.optim.groups import Membership
 from natgrad.optim.info import StepInfo
 from natgrad.optim.model import Basis, Expansion, Probe, expand
-from natgrad.optim.moves import add, go, update_of, velocity_of
+from natgrad.optim.moves import add, forget, go, take_back, update_of, velocity_of
 from natgrad.optim.saving import load_state, save_state
 from natgrad.optim.watcher import Watcher
 from natgrad.steps import (
@@ -45,6 +46,9 @@ from natgrad.steps import (
 from natgrad.steps.penalty import L2
 
 Vector = dict[str, Tensor]
+
+# In the first step a smaller λ is taken if it leaves less than this part of the loss.
+MUCH_BETTER = 0.75
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -157,14 +161,17 @@ class NaturalGradient(torch.optim.Optimizer):
         if isinstance(self.step_size, AdaptiveStep) or self.damping_rule.due(self._step + 1):
             require_batch(self._watcher, loss)
         if isinstance(self.step_size, AdaptiveStep) and loss is not None:
-            if self._alarm.rings(loss) and not self.info.undone:
+            level = per_example(loss, self._watcher, self.likelihood.reduction == "sum")
+            if self._alarm.rings(level) and not self.info.undone:
                 self._undo(loss, norm)
                 return returned
-            self._alarm = self._alarm.after(loss)
+            self._alarm = self._alarm.after(level)
         record: dict[str, Any] = {"loss": loss, "damping": self.damping, "grad_norm": norm}
         try:
             with self._timed("solve"):
                 slope = self._averaged(gradient)
+                if self._step == 0 and isinstance(self.step_size, AdaptiveStep):
+                    record["damping"] = self.damping = self._first_damping(self.step_size, loss, slope)
                 direction = self._curvature.direction(  # Δ = −(F̂ + λI)⁻¹∇h
                     slope, self._dampings(slope), self._step
                 )
@@ -223,6 +230,7 @@ class NaturalGradient(torch.optim.Optimizer):
             alphas = c[: len(parts)].tolist()
             momentum = 0.0 if basis.previous_index is None else float(c[basis.previous_index])
             update = update_of(direction, parts, alphas, momentum, self._at)
+            forget(self._members.members.keys() - update.keys(), self._at)
             factors = {self._at(name)[0]["lr"] for name in update}  # the groups' lr is a factor of the step
             due = self.damping_rule.due(self._step + 1)
             predicted, length = None, None
@@ -245,6 +253,27 @@ class NaturalGradient(torch.optim.Optimizer):
         if due and predicted is not None:
             record |= self._measure(expansion, c, predicted)
         return record
+
+    def _first_damping(self, size: AdaptiveStep, loss: float | None, gradient: Vector) -> float:
+        """λ for the first step: the initial one, or a tenth or a hundredth of it where the loss after it is much less."""
+        best, least = self.damping, math.inf
+        trials = self.damping_rule.trials()
+        for self.damping in trials if len(trials) > 1 and self._curvature.measures else ():
+            direction = self._curvature.direction(gradient, self._dampings(gradient), self._step)
+            parts = self._curvature.parts(direction, size.groups if size.coarse else 1)
+            expansion = self._expand(Basis(direction, parts, {}), loss, gradient)
+            c = size.coefficients(expansion.model, None, None)
+            moved = {
+                name: self._at(name)[1] + direction[name] * alpha
+                for names, alpha in zip(parts, c.tolist(), strict=True)
+                for name in names
+            }
+            with self._watcher.paused():
+                after = expansion.probe.loss(moved)
+            if not after < MUCH_BETTER * least:
+                break
+            best, least = self.damping, after
+        return best
 
     def _expand(self, basis: Basis, loss: float | None, gradient: Vector) -> Expansion:
         """M on a basis, with F from a slice of the step's batches."""
@@ -277,7 +306,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 "actual": None if math.isnan(actual) else actual
             }  # too small to be seen: ρ would be rounding
         ratio = actual / predicted if predicted < 0 else math.nan
-        self.damping = self.damping_rule.update(self.damping, ratio, self._usual_alpha, self._step + 1)
+        self.damping = self.damping_rule.update(self.damping, ratio, self._usual_alpha)
         return {"actual": actual, "rho": ratio}
 
     # ---- what the step needs --------------------------------------------------------------------------------------
@@ -378,11 +407,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _undo(self, loss: float, norm: float) -> None:
         """Takes the last step back, forgets what led to it, and trusts the model less."""
-        for name in self._members.members:
-            state = self._at(name)[2]
-            if "last" in state:
-                self._at(name)[1].sub_(state.pop("last"))
-            state.pop("gradient", None)
+        take_back(self._members.members, self._at)
         damping, self._usual_alpha = self.damping, None
         self.damping = self.damping_rule.update(self.damping_rule.update(damping, math.nan), math.nan)
         self._finish({"loss": loss, "damping": damping, "grad_norm": norm, "undone": True})

@@ -52,6 +52,9 @@ def load_state(
         raise StateError('this state has no "natgrad" entry: it was saved by another optimiser')
     if own.get("version") != VERSION:
         raise StateError(f"this state has version {own.get('version')}; this natgrad reads version {VERSION}")
+    missing = save_state(optimizer, {})["natgrad"].keys() - own.keys()
+    if missing:
+        raise StateError(f"this state is incomplete: it lacks {', '.join(sorted(missing))}")
     shapes = {name: tuple(p.shape) for name, p in optimizer._members.parameters.items()}
     if own["shapes"] != shapes:
         differ = [n for n in {**own["shapes"], **shapes} if own["shapes"].get(n) != shapes.get(n)]

@@ -8,10 +8,6 @@ from dataclasses import dataclass
 
 from natgrad.errors import ConfigError
 
-
-PESSIMISM = 1.25
-
-
 @dataclass(frozen=True)
 class Damping(abc.ABC):
     """Decides λ. The value itself is kept by the optimiser."""
@@ -22,19 +18,22 @@ class Damping(abc.ABC):
         if not (math.isfinite(self.initial) and self.initial >= 0):
             raise ConfigError(f"damping must be finite and at least 0; got {self.initial}")
 
+    def trials(self) -> tuple[float, ...]:
+        """Values of λ to try in the first step, in order, for as long as the loss after it gets much better."""
+        return (self.initial,)
+
     @abc.abstractmethod
     def due(self, step: int) -> bool:
         """Whether the reduction ratio ρ is wanted after this step (it costs a forward pass)."""
 
     @abc.abstractmethod
-    def update(self, damping: float, ratio: float, alpha: float | None = None, step: int = 0) -> float:
+    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
         """λ after a step.
 
         Args:
             damping: λ.
             ratio: ρ = [h(θ+δ) − h(θ)] / [M(δ) − M(0)].
             alpha: the running average of α, where one number describes it.
-            step: how many steps were taken, this one included.
         """
 
 
@@ -48,7 +47,7 @@ class ConstantDamping(Damping):
         """Never: ρ is not needed."""
         return False
 
-    def update(self, damping: float, ratio: float, alpha: float | None = None, step: int = 0) -> float:
+    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
         """λ, unchanged."""
         return damping
 
@@ -65,8 +64,6 @@ class LevenbergMarquardt(Damping):
         initial: λ at the start, in nats per parameter².
         decay: ω₁, what a step of good agreement leaves of λ.
         period: T₁, steps between two measurements of ρ.
-        hurry: for so many steps ρ is measured each time, and λ falls each time that ρ > 1¼: the loss then fell by much
-            more than a model weighed down by λ had promised. What the user gave as `initial` is soon forgotten.
         trust: (low, high): λ rises where α is below low, and falls only where it is above high.
         least: λ never falls below it.
         greatest: λ never rises above it.
@@ -75,7 +72,6 @@ class LevenbergMarquardt(Damping):
     initial: float = 1.0
     decay: float = 0.9  # ω₁
     period: int = 5  # T₁
-    hurry: int = 10
     trust: tuple[float, float] = (0.12, 0.3)
     least: float = 1e-8
     greatest: float = 1e6
@@ -87,17 +83,23 @@ class LevenbergMarquardt(Damping):
         if self.period < 1:
             raise ConfigError(f"period={self.period} must be at least 1 step")
 
-    def due(self, step: int) -> bool:
-        """Every `period` steps, and each of the first ones, in which the user's λ meets the loss."""
-        return step % self.period == 0 or step <= self.hurry
+    def trials(self) -> tuple[float, ...]:
+        """The initial value, a tenth and a hundredth of it: λ's unit is the user's loss, so its scale is a guess."""
+        return (self.initial, self.initial / 10, self.initial / 100)
 
-    def update(self, damping: float, ratio: float, alpha: float | None = None, step: int = 0) -> float:
-        """λω where ρ > ¾ and α is large enough, λ/ω where ρ < ¼ or α is too small; twice that where the loss rose."""
+    def due(self, step: int) -> bool:
+        """Every `period` steps."""
+        return step % self.period == 0
+
+    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
+        """λω where ρ > ¾ and α is large enough, λ/ω where ρ < ¼ or α is small, λ/ω² where it is tiny or the loss rose."""
         factor = self.decay**self.period
         low, high = self.trust
-        if step % self.period and 0.25 <= ratio:  # an extra look: only what is plain counts
+        if step % self.period and ratio >= 0.25:  # an extra look: only what is plain counts
             return max(damping * factor, self.least) if ratio > PESSIMISM else damping
         if not math.isfinite(ratio) or ratio < 0:
+            damping = damping / factor**2
+        elif alpha is not None and alpha < low / 2:
             damping = damping / factor**2
         elif ratio < 0.25 or (alpha is not None and alpha < low):
             damping = damping / factor

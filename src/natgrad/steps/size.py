@@ -12,7 +12,6 @@ from torch import Tensor
 from natgrad.errors import ConfigError
 from natgrad.steps.quadratic import QuadraticModel
 
-
 # α below this is never held back: F̂ would have to be wrong by a factor of ten for it to be too large.
 HARMLESS = 0.1
 
