@@ -2,7 +2,7 @@
 
 It needs an environment of its own: pip install jax==0.9.1 jaxlib==0.9.1 kfac-jax==0.0.8
 
-    python benchmarks/curves.py export /tmp/curves.npz     # images and initial weights, from natgrad's environment
+    python benchmarks/curves.py --export /tmp/curves.npz   # images and initial weights, from natgrad's environment
     python benchmarks/kfac_jax_curves.py /tmp/curves.npz   # from kfac-jax's
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from natgrad.tape import Block, Tape
 from natgrad.tape.passes import SignalPass
 
 Fallback = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+_WRAPPERS = ("natgrad", "torch", "jaxtyping")
 
 
 class Curvature:
@@ -65,6 +68,7 @@ class Curvature:
 
         Signals that are not finite enter no average: `trouble` then says where they were found.
         """
+        self._members.check_unchanged()
         likelihood, step = self._likelihood, self._step
         bare = outputs if len(outputs) > 1 else outputs[0]
         for _, estimate, tape in self.estimates:
@@ -215,8 +219,13 @@ class Curvature:
         how = "a torch optimiser of yours" if self._fallback is not None else "the plain gradient"
         said = [f"no rule covers {', '.join(names)}: they follow {how}"] if names else []
         said += [f"the curvature of {', '.join(partly)} lacks the uses that no rule covers"] if partly else []
+        level, frame = 1, sys._getframe()  # at the user's line, whatever wraps the step
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _WRAPPERS:
+            level, frame = level + 1, frame.f_back
         warnings.warn(
-            f"{'; '.join(said)} (see optimizer.coverage() and fallback=)", CoverageWarning, stacklevel=6
+            f"{'; '.join(said)} (see optimizer.coverage() and fallback=)",
+            CoverageWarning,
+            stacklevel=level,
         )
 
 

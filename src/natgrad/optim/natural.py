@@ -258,10 +258,12 @@ class NaturalGradient(torch.optim.Optimizer):
         """λ for the first step: the initial one, or a tenth or a hundredth of it where the loss after it is much less."""
         best, least = self.damping, math.inf
         trials = self.damping_rule.trials()
-        for self.damping in trials if len(trials) > 1 and self._curvature.measures else ():
-            direction = self._curvature.direction(gradient, self._dampings(gradient), self._step)
+        for trial in trials if len(trials) > 1 and self._curvature.measures else ():
+            direction = self._curvature.direction(gradient, self._dampings(gradient, trial), self._step)
+            if not direction:
+                break
             parts = self._curvature.parts(direction, size.groups if size.coarse else 1)
-            expansion = self._expand(Basis(direction, parts, {}), loss, gradient)
+            expansion = self._expand(Basis(direction, parts, {}), loss, gradient, trial)
             c = size.coefficients(expansion.model, None, None)
             moved = {
                 name: self._at(name)[1] + direction[name] * alpha
@@ -272,10 +274,12 @@ class NaturalGradient(torch.optim.Optimizer):
                 after = expansion.probe.loss(moved)
             if not after < MUCH_BETTER * least:
                 break
-            best, least = self.damping, after
+            best, least = trial, after
         return best
 
-    def _expand(self, basis: Basis, loss: float | None, gradient: Vector) -> Expansion:
+    def _expand(
+        self, basis: Basis, loss: float | None, gradient: Vector, damping: float | None = None
+    ) -> Expansion:
         """M on a basis, with F from a slice of the step's batches."""
         fraction = self.step_size.fraction if isinstance(self.step_size, AdaptiveStep) else 0.25
         with self._watcher.paused():
@@ -284,7 +288,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 Probe.of(self.model, self.likelihood, self._watcher, fraction, self._step),
                 math.nan if loss is None else loss,
                 gradient,
-                self.damping,
+                self.damping if damping is None else damping,
                 {name: self._at(name)[0]["l2"] for name in basis.direction},
             )
 
@@ -425,9 +429,10 @@ class NaturalGradient(torch.optim.Optimizer):
         self._watcher.clear()
         self._curvature.restart(self._step)
 
-    def _dampings(self, names: Iterable[str]) -> dict[str, float]:
+    def _dampings(self, names: Iterable[str], damping: float | None = None) -> dict[str, float]:
         """λ + η by name."""
-        return {name: self.damping + self._at(name)[0]["l2"] for name in names}
+        damping = self.damping if damping is None else damping
+        return {name: damping + self._at(name)[0]["l2"] for name in names}
 
     def _at(self, name: str) -> tuple[dict[str, Any], nn.Parameter, dict[str, Any]]:
         member = self._members.members[name]

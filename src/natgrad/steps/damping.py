@@ -72,7 +72,7 @@ class LevenbergMarquardt(Damping):
     initial: float = 1.0
     decay: float = 0.9  # ω₁
     period: int = 5  # T₁
-    trust: tuple[float, float] = (0.12, 0.3)
+    trust: tuple[float, float] = (0.2, 0.4)
     least: float = 1e-8
     greatest: float = 1e6
 
@@ -95,8 +95,6 @@ class LevenbergMarquardt(Damping):
         """λω where ρ > ¾ and α is large enough, λ/ω where ρ < ¼ or α is small, λ/ω² where it is tiny or the loss rose."""
         factor = self.decay**self.period
         low, high = self.trust
-        if step % self.period and ratio >= 0.25:  # an extra look: only what is plain counts
-            return max(damping * factor, self.least) if ratio > PESSIMISM else damping
         if not math.isfinite(ratio) or ratio < 0:
             damping = damping / factor**2
         elif alpha is not None and alpha < low / 2:

@@ -57,13 +57,17 @@ class SignalPass:
             ]
             with warnings.catch_warnings():  # some operations are batched by a loop: slow, and right
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                gradients = torch.autograd.grad(
-                    [z for z in self.outputs if z.requires_grad],
-                    [p for _, p in named],
-                    masked,
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=True,
+                gradients = (
+                    torch.autograd.grad(
+                        [z for z in self.outputs if z.requires_grad],
+                        [p for _, p in named],
+                        masked,
+                        retain_graph=True,
+                        allow_unused=True,
+                        is_grads_batched=True,
+                    )
+                    if named
+                    else ()
                 )
             found = {name: g for (name, _), g in zip(named, gradients, strict=True) if g is not None}
             yield (
