@@ -26,7 +26,7 @@ def points(count: int, seed: int) -> Tensor:
 
 
 def images(count: int, seed: int) -> Tensor:
-    return torch.randn(count, 1, 6, 6, dtype=DTYPE, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 1, 4, 4, dtype=DTYPE, generator=torch.Generator().manual_seed(seed))
 
 
 class Heads(nn.Module):
@@ -50,7 +50,7 @@ def segmenter() -> nn.Module:
 
 
 def surface(x: Tensor) -> Tensor:
-    return torch.sin(2 * x[:, :1]) + x[:, 1:] ** 2
+    return torch.sin(2 * x[:, :1]) + torch.cos(x[:, 1:])
 
 
 def regions(x: Tensor) -> Tensor:
@@ -66,19 +66,19 @@ CASES: dict[str, tuple[Callable[[], nn.Module], nn.Module, Callable[..., Tensor]
     "gaussian": (Heads, nn.GaussianNLLLoss(), points, surface),
     "gaussian-fixed-variance": (lambda: mlp(1), nn.GaussianNLLLoss(), points, lambda x: (surface(x), 0.25)),
     "poisson": (lambda: mlp(1), nn.PoissonNLLLoss(), points, lambda x: surface(x).exp().round()),
-    "bernoulli": (lambda: mlp(1), nn.BCEWithLogitsLoss(), points, lambda x: (surface(x) > 1).to(DTYPE)),
+    "bernoulli": (lambda: mlp(1), nn.BCEWithLogitsLoss(), points, lambda x: (surface(x) > 0.5).to(DTYPE)),
     "bernoulli-weighted": (
         lambda: mlp(1),
         nn.BCEWithLogitsLoss(pos_weight=torch.tensor([3.0], dtype=DTYPE)),
         points,
-        lambda x: (surface(x) > 1).to(DTYPE),
+        lambda x: (surface(x) > 0.5).to(DTYPE),
     ),
-    "categorical": (lambda: mlp(2), nn.CrossEntropyLoss(), points, lambda x: (surface(x) > 1).long()[:, 0]),
+    "categorical": (lambda: mlp(2), nn.CrossEntropyLoss(), points, lambda x: (surface(x) > 0.5).long()[:, 0]),
     "categorical-smoothed": (
         lambda: mlp(2),
         nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.tensor([1.0, 2.0], dtype=DTYPE)),
         points,
-        lambda x: (surface(x) > 1).long()[:, 0],
+        lambda x: (surface(x) > 0.5).long()[:, 0],
     ),
     "categorical-probabilities": (
         lambda: mlp(2),

@@ -387,7 +387,7 @@ def test_a_step_needs_a_backward_pass() -> None:
 
 
 def test_info_says_what_the_step_did() -> None:
-    run, data = Run.of("kfac", "adaptive", damping=natgrad.LevenbergMarquardt(period=2, hurry=0)), batches(2)
+    run, data = Run.of("kfac", "adaptive", damping=natgrad.LevenbergMarquardt(period=2)), batches(2)
     value = run.step(data[0])
     info = run.optimizer.info
     assert info.step == 1

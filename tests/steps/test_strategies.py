@@ -16,7 +16,7 @@ DTYPE = torch.float64
 
 
 def test_levenberg_marquardt_trusts_a_good_model_more_and_a_bad_one_less() -> None:
-    rule = LevenbergMarquardt(hurry=0)
+    rule = LevenbergMarquardt()
     factor = rule.decay**rule.period
     assert rule.update(1.0, 0.9) == pytest.approx(factor)
     assert rule.update(1.0, 2.0) == pytest.approx(factor)
@@ -34,20 +34,8 @@ def test_levenberg_marquardt_stays_within_its_bounds(damping: float, ratio: floa
 
 
 def test_it_measures_once_a_period() -> None:
-    rule = LevenbergMarquardt(period=4, hurry=0)
+    rule = LevenbergMarquardt(period=4)
     assert [step for step in range(1, 13) if rule.due(step)] == [4, 8, 12]
-    hurried = LevenbergMarquardt(period=4, hurry=5)
-    assert [step for step in range(1, 13) if hurried.due(step)] == [1, 2, 3, 4, 5, 8, 12]
-
-
-def test_an_extra_look_counts_only_what_is_plain() -> None:
-    rule = LevenbergMarquardt(period=5, hurry=10)
-    for ratio in (0.3, 0.8, 1.1):
-        assert rule.update(1.0, ratio, None, 3) == 1.0
-    assert rule.update(1.0, 3.0, None, 3) < 1.0
-    assert rule.update(1.0, 0.1, None, 3) > 1.0
-    assert rule.update(1.0, -1.0, None, 3) > 1.0
-    assert rule.update(1.0, math.nan, None, 3) > 1.0
 
 
 def test_constant_damping_is_constant() -> None:
@@ -106,6 +94,21 @@ def test_alpha_does_not_outgrow_its_average() -> None:
     assert float(size.coefficients(model, 1, 0.2)[0]) == pytest.approx(0.3)
     assert float(size.coefficients(model, 1, 10.0)[0]) == pytest.approx(0.5, rel=1e-5)
     assert float(size.coefficients(model, 1, -0.1)[0]) > 0  # an average that points uphill bounds nothing
+
+
+def test_no_step_promises_more_than_the_whole_loss() -> None:
+    for slope, curvature, loss in [(-1e3, 1.0, 5.0), (-10.0, 1e-3, 0.2), (-1e8, 1e2, 14.0)]:
+        model = QuadraticModel(
+            loss,
+            torch.tensor([slope, 0.0], dtype=DTYPE),
+            torch.diag(torch.tensor([curvature, 1.0], dtype=DTYPE)),
+            torch.zeros(2, 2, dtype=DTYPE),
+        )
+        c = AdaptiveStep().coefficients(model, None, None)
+        assert model.change(c) == pytest.approx(-max(loss, 1.0))
+        assert 0 < float(c[0]) < -slope / curvature
+    modest = one_direction(-1.0, 2.0)
+    assert torch.equal(AdaptiveStep().coefficients(modest, 1, None), modest.minimise())
 
 
 def test_momentum_is_at_most_one() -> None:

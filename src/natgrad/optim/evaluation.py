@@ -55,11 +55,6 @@ def loss_of(watcher: Watcher, returned: Tensor | float | None, additive: bool) -
     return float(returned.detach()) if isinstance(returned, Tensor) else returned
 
 
-def per_example(loss: float, watcher: Watcher, additive: bool) -> float:
-    """The loss on a scale that batches of every size share."""
-    return loss / sum(batch.examples for batch in watcher.batches) if additive else loss
-
-
 def _joined(values: list[float], additive: bool) -> float:
     return sum(values) if additive else sum(values) / len(values)
 

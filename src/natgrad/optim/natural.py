@@ -23,7 +23,6 @@ from natgrad.optim.evaluation import (
     norm_of,
     not_finite,
     penalty_of,
-    per_example,
     require_batch,
     require_finite_direction,
 )
@@ -161,7 +160,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if isinstance(self.step_size, AdaptiveStep) or self.damping_rule.due(self._step + 1):
             require_batch(self._watcher, loss)
         if isinstance(self.step_size, AdaptiveStep) and loss is not None:
-            level = per_example(loss, self._watcher, self.likelihood.reduction == "sum")
+            level = loss / self._unit()
             if self._alarm.rings(level) and not self.info.undone:
                 self._undo(loss, norm)
                 return returned
@@ -225,7 +224,8 @@ class NaturalGradient(torch.optim.Optimizer):
             expansion = self._expand(basis, loss, gradient)
             model = expansion.model
             require_finite_direction(float(model.linear.sum() + model.curvature.sum()))
-            c = size.coefficients(model, basis.previous_index, None if coarse else self._usual_alpha)
+            usual = None if coarse else self._usual_alpha
+            c = size.coefficients(model, basis.previous_index, usual, self._unit())
         with self._timed("apply"):
             alphas = c[: len(parts)].tolist()
             momentum = 0.0 if basis.previous_index is None else float(c[basis.previous_index])
@@ -264,7 +264,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 break
             parts = self._curvature.parts(direction, size.groups if size.coarse else 1)
             expansion = self._expand(Basis(direction, parts, {}), loss, gradient, trial)
-            c = size.coefficients(expansion.model, None, None)
+            c = size.coefficients(expansion.model, None, None, self._unit())
             moved = {
                 name: self._at(name)[1] + direction[name] * alpha
                 for names, alpha in zip(parts, c.tolist(), strict=True)
@@ -428,6 +428,10 @@ class NaturalGradient(torch.optim.Optimizer):
         )
         self._watcher.clear()
         self._curvature.restart(self._step)
+
+    def _unit(self) -> float:
+        """One nat per example on the scale of the loss."""
+        return float(self._watcher.examples) if self.likelihood.reduction == "sum" else 1.0
 
     def _dampings(self, names: Iterable[str], damping: float | None = None) -> dict[str, float]:
         """λ + η by name."""

@@ -90,6 +90,11 @@ class Watcher:
         """Forgets the batches of the step; a forward pass that still waits for its backward pass is kept."""
         self.batches, self.losses, self.rng_states = [], [], []
 
+    @property
+    def examples(self) -> int:
+        """How many examples the step has so far."""
+        return sum(batch.examples for batch in self.batches)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside is not watched."""

@@ -108,7 +108,7 @@ class AdaptiveStep(StepSize):
         return 0.0 if step < self.settle else min(self.averaging, 1.0 - 1.0 / (step - self.settle + 1))
 
     def coefficients(
-        self, model: QuadraticModel, previous: int | None, usual: float | None
+        self, model: QuadraticModel, previous: int | None, usual: float | None, unit: float = 1.0
     ) -> Float[Tensor, "K"]:
         """c for the model's directions.
 
@@ -116,15 +116,30 @@ class AdaptiveStep(StepSize):
             model: the quadratic model; its first direction is Δ, or a part of it.
             previous: the index of the last step among them, if there was one.
             usual: the running average of α, where it is to be bounded.
+            unit: what one nat per example is on the scale of the loss.
         """
         fixed = {} if previous is None or self.momentum is None else {previous: self.momentum}
         c = model.minimise(fixed)
         if previous is not None and abs(float(c[previous])) > 1.0:  # a tiny last step says little about far away
             fixed = {previous: math.copysign(1.0, float(c[previous]))}
             c = model.minimise(fixed)
-        if usual is not None and usual > 0 and float(c[0]) > self.growth * usual:
-            c = model.minimise(fixed | {0: self.growth * usual})
-        return c
+        if usual is not None and float(c[0]) > (most := self.growth * max(usual, HARMLESS)):
+            c = model.minimise(fixed | {0: most})
+        return c * believable(model, c, unit)
+
+
+def believable(model: QuadraticModel, c: Float[Tensor, "K"], unit: float = 1.0) -> float:
+    """What the step c is multiplied by so that it does not promise more than the whole loss.
+
+    A loss does not fall below zero, or that of a density by much more than a nat; a model that says so has left the
+    range where it holds, as where a saturated output has next to no Fisher information, or a rate grows exponentially.
+    """
+    limit = max(abs(model.loss), unit)
+    if not -model.change(c) > limit:  # also where the loss is not known
+        return 1.0
+    slope, curvature = float(model.linear @ c), float(c @ model.curvature @ c)
+    # The smaller root of s·slope + ½ s²·curvature = −limit.
+    return 2 * limit / (-slope + math.sqrt(max(0.0, slope**2 - 2 * curvature * limit)))
 
 
 def step_size_from(lr: float | StepSize | None, momentum: float | None) -> StepSize:
