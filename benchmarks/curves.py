@@ -94,7 +94,10 @@ def convergence(seeds: int = 1) -> dict[str, Any]:
                 if run.steps in (10, 25, 50, 75, 100, 125, 150, 175, 200):
                     excess[run.steps] = round(run.excess(len(IMAGES)), 3)
             rows.append({"initial_damping": initial, "seed": seed, "excess": excess, "seconds": run.seconds})
-            say(f"initial λ {initial:<4} seed {seed}: " + "  ".join(f"{k}: {v:.2f}" for k, v in excess.items()))
+            say(
+                f"initial λ {initial:<4} seed {seed}: "
+                + "  ".join(f"{k}: {v:.2f}" for k, v in excess.items())
+            )
     return {"rows": rows, "goal": {"100": 6.5, "200": 2.5}}
 
 
@@ -104,7 +107,7 @@ def steptime(steps: int = 200, block: int = 10) -> dict[str, Any]:
     ratios: dict[str, list[float]] = {"adaptive": [], "fixed": []}
     blocks: dict[str, list[float]] = {name: [] for name in runs}
     runs["sgd"].step()  # the first step allocates
-    for number in range(steps // block):
+    for _ in range(steps // block):
         for name, run in runs.items():
             blocks[name].append(sum(run.step() for _ in range(block)) / block)
         for name in ratios:
@@ -117,7 +120,9 @@ def steptime(steps: int = 200, block: int = 10) -> dict[str, Any]:
     for name, values in ratios.items():
         total = sum(blocks[name]) / sum(blocks["sgd"])
         result[name] = {"amortised": total, "median_of_blocks": statistics.median(values), "blocks": values}
-        say(f"{name}: {total:.2f}× SGD amortised over {steps} steps, median of blocks {statistics.median(values):.2f}×")
+        say(
+            f"{name}: {total:.2f}× SGD amortised over {steps} steps, median of blocks {statistics.median(values):.2f}×"
+        )
     return result
 
 
@@ -137,7 +142,10 @@ def seconds(limit: float = 130.0) -> dict[str, Any]:
                     if seen[target] is None and excess <= float(target):
                         seen[target], seen[f"steps to {target}"] = run.seconds, run.steps
         reached[name] = seen
-        say(f"{name}: " + "  ".join(f"{k}: {'not reached' if v is None else f'{v:.1f}'}" for k, v in seen.items()))
+        say(
+            f"{name}: "
+            + "  ".join(f"{k}: {'not reached' if v is None else f'{v:.1f}'}" for k, v in seen.items())
+        )
     result: dict[str, Any] = {"reached": reached, "limit": limit, "goal": {"25": 0.25, "10": 1 / 6}}
     for target in ("25", "10"):
         peers = [r[target] for name, r in reached.items() if name != "natgrad" and r[target] is not None]
@@ -152,11 +160,16 @@ def memory(steps: int = 30) -> dict[str, Any]:
     result: dict[str, Any] = {"goal": 1.6}
     for name in ("sgd", "natgrad"):
         output = subprocess.run(
-            [sys.executable, __file__, "--peak", name, "--steps", str(steps)], capture_output=True, text=True, check=True
+            [sys.executable, __file__, "--peak", name, "--steps", str(steps)],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         result[name] = float(output.split()[-1])
     result["ratio"] = result["natgrad"] / result["sgd"]
-    say(f"peak memory: natgrad {result['natgrad']:.0f} MB, SGD {result['sgd']:.0f} MB, {result['ratio']:.2f}×")
+    say(
+        f"peak memory: natgrad {result['natgrad']:.0f} MB, SGD {result['sgd']:.0f} MB, {result['ratio']:.2f}×"
+    )
     return result
 
 
@@ -202,7 +215,9 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--export", type=Path, help="write images and initial weights to this .npz file")
     parser.add_argument("--peak", help=argparse.SUPPRESS)

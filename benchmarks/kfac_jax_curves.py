@@ -97,4 +97,5 @@ def loss_value(parameters: list[Any], x: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 3.0, float(sys.argv[3]) if len(sys.argv) > 3 else 0.95)
+    given = [float(value) for value in sys.argv[2:]]
+    main(sys.argv[1], *(given or (3.0, 0.95)))

@@ -29,7 +29,7 @@ from natgrad.likelihoods import (
 from natgrad.metrics import KFAC, Dense, Diagonal, Euclidean, Metric
 from natgrad.operators import LinearOperator, ParameterSpace
 from natgrad.optim import Coverage, NaturalGradient, StepInfo
-from natgrad.steps import L2, AdaptiveStep, ConstantDamping, Damping, FixedStep, LevenbergMarquardt, StepSize
+from natgrad.steps import L2, AdaptiveStep, ConstantDamping, Damping, FixedStep, LevenbergMarquardt
 
 __version__ = "0.1.0"
 
@@ -68,7 +68,6 @@ __all__ = [
     "StateError",
     "StepError",
     "StepInfo",
-    "StepSize",
     "TargetError",
     "UnknownNameError",
     "UnsupportedLossError",

@@ -28,7 +28,7 @@ def test_the_snippets_run_in_order() -> None:
     names: dict[str, object] = {"model": model, "loader": loader}
     assert len(blocks()) == 3
     for block in blocks():
-        exec(compile(block, str(README), "exec"), names)  # noqa: S102
+        exec(compile(block, str(README), "exec"), names)
     assert loss_fn(model(inputs), targets).item() < 0.2 * before
     assert isinstance(names["optimizer"], natgrad.NaturalGradient)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import fisher as oracle
 from torch import Tensor, nn
 
 import natgrad
 from natgrad import KFAC, L2, AdaptiveStep, Dense, Diagonal, FixedStep
+from oracle import fisher as oracle
 
 DTYPE = torch.float64
 
@@ -80,7 +80,9 @@ def test_so_it_is_with_groups_and_a_scheduler() -> None:
     assert torch.equal(*paths)
 
 
-@pytest.mark.parametrize("metric", [Dense(), KFAC(kind="exact"), Diagonal(kind="exact")], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "metric", [Dense(), KFAC(kind="exact"), Diagonal(kind="exact")], ids=lambda m: type(m).__name__
+)
 def test_a_large_damping_gives_gradient_descent(metric: natgrad.Metric) -> None:
     """(F + λI)⁻¹ → I/λ: with lr = 0.1 λ the path is that of lr = 0.1."""
     loss, first, second = nn.CrossEntropyLoss(), net(), net()
@@ -94,19 +96,20 @@ def test_a_large_damping_gives_gradient_descent(metric: natgrad.Metric) -> None:
 
 @pytest.mark.parametrize("metric", ["dense", "kfac", "diagonal"])
 def test_so_it_does_where_steps_are_adaptive(metric: str) -> None:
-    """Δ points along −∇h, and the quadratic model is true: ρ → 1."""
+    """Δ points along −∇h. M then promises half of what the slope does, λ being all of its curvature: ρ → 2."""
     model, loss = net(), nn.CrossEntropyLoss()
-    rule = natgrad.LevenbergMarquardt(initial=1e8, period=1, greatest=1e12)
-    optimizer = natgrad.NaturalGradient(model, loss, metric=metric, damping=rule, lr=AdaptiveStep(fraction=1.0, coarse=0))
-    optimizer.damping_rule.__class__.trials  # noqa: B018 (the first step tries smaller λ; none is much better here)
+    rule = natgrad.LevenbergMarquardt(initial=1e8, period=1, greatest=1e12)  # a hundredth of it is large too
+    optimizer = natgrad.NaturalGradient(
+        model, loss, metric=metric, damping=rule, lr=AdaptiveStep(fraction=1.0, coarse=0)
+    )
     x, y = batch(0)
     start = oracle.parameters(model)
     loss(model(x), y).backward()
     g = oracle.gradient(model)
     optimizer.step()
     step = oracle.parameters(model) - start
-    assert float(torch.nn.functional.cosine_similarity(step, -g, dim=0)) > 1 - 1e-3
-    assert optimizer.info.rho == pytest.approx(1.0, abs=1e-3)
+    assert float(step @ -g / (step.norm() * g.norm())) > 1 - 1e-4
+    assert optimizer.info.rho == pytest.approx(2.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("size", [FixedStep(1e-4, kl_clip=None), FixedStep(1e-5, kl_clip=None)])
@@ -118,7 +121,7 @@ def test_rho_tends_to_one_for_small_steps(size: FixedStep) -> None:
     assert optimizer.info.rho == pytest.approx(1.0, abs=2 * size.lr)
 
 
-# ---- answers that are known -------------------------------------------------------------------------------------------
+# ---- answers that are known ----------------------------------------------------------------------------------
 
 
 class Regression(nn.Module):

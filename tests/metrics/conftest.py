@@ -42,6 +42,6 @@ class Shown:
         return self.estimate.operator().to_dense()
 
 
-@pytest.fixture()
+@pytest.fixture
 def show() -> Callable[..., Shown]:
     return Shown

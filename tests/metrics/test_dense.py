@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from oracle import fisher as oracle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from natgrad import ConfigError, Dense
+from oracle import fisher as oracle
 
 DTYPE = torch.float64
 CLASS_WEIGHT = torch.tensor([0.5, 2.0, 1.25], dtype=DTYPE)
@@ -45,7 +45,10 @@ class Spatial(nn.Module):
 class Grouped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv1d(2, 4, 2, groups=2, stride=2), nn.Conv1d(4, 2, 1, groups=2, bias=False)
+        self.first, self.second = (
+            nn.Conv1d(2, 4, 2, groups=2, stride=2),
+            nn.Conv1d(4, 2, 1, groups=2, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(torch.tanh(self.first(x)))
@@ -101,7 +104,13 @@ def cases() -> Iterator:
         yield f"poisson-{reduction}", net, nn.PoissonNLLLoss(**ce), real(5, 2), classes(5, 3).to(DTYPE)
         yield f"gaussian-{reduction}", TwoHeads, nn.GaussianNLLLoss(**ce), real(5, 2), real(5, 2)
         yield f"grouped-{reduction}", Grouped, nn.MSELoss(**ce), real(4, 2, 6), real(4, 2, 3)
-        yield f"positions-{reduction}", lambda: nn.Linear(2, 3), nn.MSELoss(**ce), real(4, 3, 2), real(4, 3, 3)
+        yield (
+            f"positions-{reduction}",
+            lambda: nn.Linear(2, 3),
+            nn.MSELoss(**ce),
+            real(4, 3, 2),
+            real(4, 3, 3),
+        )
         yield f"tied-{reduction}", Tied, nn.MSELoss(**ce), real(5, 3), real(5, 3)
         yield f"uncovered-{reduction}", Uncovered, nn.MSELoss(**ce), real(5, 3), real(5, 3)
 
@@ -123,7 +132,9 @@ def test_exact_is_the_definition(name: str, show: Callable) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-EMPIRICAL = [n for n in CASES if "weighted" not in n and "gaussian" not in n and "bce" not in n and "spatial" not in n]
+EMPIRICAL = [
+    n for n in CASES if "weighted" not in n and "gaussian" not in n and "bce" not in n and "spatial" not in n
+]
 
 
 @pytest.mark.parametrize("name", EMPIRICAL)
@@ -148,7 +159,9 @@ def test_empirical_of_one_event_an_example_is_the_gradients_second_moment(show: 
 
 
 @pytest.mark.parametrize("kind", ["mc", "rademacher"])
-@pytest.mark.parametrize("name", ["ce-weighted-mean", "ce-spatial-sum", "bce-mean", "poisson-sum", "gaussian-mean", "tied-mean"])
+@pytest.mark.parametrize(
+    "name", ["ce-weighted-mean", "ce-spatial-sum", "bce-mean", "poisson-sum", "gaussian-mean", "tied-mean"]
+)
 def test_sampled_kinds_converge_to_the_exact(name: str, kind: str, show: Callable) -> None:
     model, loss, x, y = batch(name)
     draws = []
@@ -158,7 +171,9 @@ def test_sampled_kinds_converge_to_the_exact(name: str, kind: str, show: Callabl
         draws.append(shown.dense())
     samples, exact = torch.stack(draws), oracle.fisher(model, loss, x, y)
     error = samples.std(0) / len(draws) ** 0.5
-    wrong = (samples.mean(0) - exact).abs() > 4.5 * error + 1e-12  # a few hundred entries are compared at once
+    wrong = (
+        samples.mean(0) - exact
+    ).abs() > 4.5 * error + 1e-12  # a few hundred entries are compared at once
     assert not wrong.any()
 
 

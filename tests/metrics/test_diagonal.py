@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from oracle import fisher as oracle
 from torch import Tensor, nn
 
 import natgrad.metrics.diagonal as diagonal_module
 from natgrad import Diagonal, StepError
+from oracle import fisher as oracle
 
 DTYPE = torch.float64
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from oracle import fisher as oracle
 from torch import Tensor, nn
 
 from natgrad import KFAC, ConfigError, NonFiniteError, NotPositiveDefiniteError, StepError
 from natgrad.operators import Kronecker
+from oracle import fisher as oracle
 
 DTYPE = torch.float64
 
@@ -206,6 +207,23 @@ def test_averages_are_corrected_for_their_bias(reduction: str, show: Callable) -
         assert_same_factors(factors(shown), expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(11, 2), (11, 3, 2)])
+def test_thinned_factors_are_those_of_the_examples_that_stay(
+    shape: tuple, reduction: str, show: Callable
+) -> None:
+    model, loss, x, y = net(), nn.MSELoss(reduction=reduction), real(*shape), real(*shape[:-1], 3)
+    thinned, kept = show(KFAC(kind="exact", examples=4), model, loss), show(KFAC(kind="exact"), model, loss)
+    thinned.observe(x, y)
+    kept.observe(x[::3], y[::3])
+    share = (
+        1.0 if reduction == "mean" else 4 / 11
+    )  # the sum over a batch is estimated, not that over what stays
+    for name, (A, G) in factors(kept).items():
+        torch.testing.assert_close(factors(thinned)[name][0], A)
+        torch.testing.assert_close(factors(thinned)[name][1], G / share)
+
+
 def test_a_smaller_batch_weighs_less(show: Callable) -> None:
     model, loss = net(), nn.MSELoss()
     shown, both = (show(KFAC(kind="exact", decay=0.999999999), model, loss) for _ in range(2))
@@ -290,7 +308,7 @@ def test_an_adapted_period_lengthens_where_nothing_moves(show: Callable) -> None
         if shown.estimate.due(step):
             shown.observe(x, y, step)
             steps.append(step)
-    gaps = [b - a for a, b in zip(steps, steps[1:])]
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
     assert gaps == sorted(gaps)
     assert gaps[-1] > 4
 

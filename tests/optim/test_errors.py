@@ -38,7 +38,9 @@ def test_a_loss_that_is_not_finite_raises_before_anything_moves(metric: str, mod
     for one in (run, untouched):
         one.train(data[:3])
     start = parameters(run.model)
-    with pytest.raises(NonFiniteError, match=r"the loss is nan .*0\.weight.* in step 4, batch 4; no parameter was"):
+    with pytest.raises(
+        NonFiniteError, match=r"the loss is nan .*0\.weight.* in step 4, batch 4; no parameter was"
+    ):
         run.step(spoil(data[3]))
     assert torch.equal(parameters(run.model), start)
     # Averages and momentum are clean too: the run goes on as if the batch had not been there.
@@ -70,7 +72,9 @@ def test_a_gradient_that_is_not_finite_is_named(metric: str, mode: str) -> None:
     run.optimizer.zero_grad()
     run.value(batches(1)[0]).backward()
     run.model[3].bias.grad[1] = torch.inf
-    with pytest.raises(NonFiniteError, match=r"a gradient is not finite in step 3, batch 3|gradients of 3\.bias"):
+    with pytest.raises(
+        NonFiniteError, match=r"a gradient is not finite in step 3, batch 3|gradients of 3\.bias"
+    ):
         run.optimizer.step()
     assert torch.equal(parameters(run.model), start)
 
@@ -140,7 +144,9 @@ def test_a_factor_that_is_not_positive_definite_is_named(mode: str) -> None:
     start = parameters(run.model)
     estimate = run.optimizer._curvature.estimates[0][1]
     estimate._blocks["3.weight"].A[0, 0] = -1e3
-    with pytest.raises(NotPositiveDefiniteError, match=r"factor A of 3 is not positive definite \(least eigenvalue -"):
+    with pytest.raises(
+        NotPositiveDefiniteError, match=r"factor A of 3 is not positive definite \(least eigenvalue -"
+    ):
         run.step(batches(1)[0])
     assert torch.equal(parameters(run.model), start)
 
@@ -151,7 +157,7 @@ def test_a_matrix_that_is_singular_without_damping_is_named() -> None:
         run.step(batches(1)[0])
 
 
-# ---- outputs and targets ----------------------------------------------------------------------------------------------
+# ---- outputs and targets -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", ["diagonal", "dense", "kfac"])
@@ -296,33 +302,32 @@ def test_a_likelihood_alone_is_enough_for_a_loss_inside_the_model() -> None:
             z = self.inner(x)
             return {"loss": nn.functional.cross_entropy(z, labels), "logits": z}
 
-    ends = []
-    for closed in (False, True):
-        model = Inside()
+    def run(closed: bool) -> Tensor:
+        model, losses = Inside(), []
         optimizer = natgrad.NaturalGradient(model, natgrad.Categorical(), outputs=lambda o: o["logits"])
-        losses = []
+
+        def evaluate(x: Tensor, y: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            value = model(x, labels=y)["loss"]
+            value.backward()
+            losses.append(value.item())
+            return value
+
         for x, y in batches(25):
-
-            def evaluate(x: Tensor = x, y: Tensor = y) -> Tensor:
-                optimizer.zero_grad()
-                value = model(x, labels=y)["loss"]
-                value.backward()
-                losses.append(value.item())
-                return value
-
             if closed:
-                optimizer.step(evaluate)
+                optimizer.step(lambda x=x, y=y: evaluate(x, y))
             else:
-                evaluate()
+                evaluate(x, y)
                 optimizer.step()
         assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-        ends.append(parameters(model))
-    assert torch.equal(*ends)
+        return parameters(model)
+
+    assert torch.equal(run(False), run(True))
     with pytest.raises(ConfigError, match="likelihood"):
-        natgrad.NaturalGradient(model, natgrad.Categorical(), damping=natgrad.LevenbergMarquardt())
+        natgrad.NaturalGradient(Inside(), natgrad.Categorical(), damping=natgrad.LevenbergMarquardt())
 
 
-# ---- steps and arguments ----------------------------------------------------------------------------------------------
+# ---- steps and arguments -------------------------------------------------------------------------------------
 
 
 def test_an_adaptive_step_must_have_seen_the_batch() -> None:

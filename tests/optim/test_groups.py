@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import fisher as oracle
 from torch import Tensor, nn
 
 import natgrad
 from natgrad import L2, ConfigError, CoverageWarning, EmptyError, FixedStep, ModelChangedError
+from oracle import fisher as oracle
 from tests.optim.runs import DTYPE, METRICS, MODES, Run, batches, net, parameters
 
 
@@ -53,7 +53,12 @@ def test_each_group_has_its_own_lr(metric: str) -> None:
     for lr in (0.1, 0.05):
         model = net()
         run = Run.of(
-            metric, "fixed", model, params=by_layer(model, lr=lr), lr=FixedStep(0.1, kl_clip=None), momentum=None
+            metric,
+            "fixed",
+            model,
+            params=by_layer(model, lr=lr),
+            lr=FixedStep(0.1, kl_clip=None),
+            momentum=None,
         )
         start = parameters(model)
         steps.append(run.train(batches(1)) - start)
@@ -264,7 +269,9 @@ def test_l2_is_part_of_the_loss(mode: str) -> None:
         alpha = -(g @ direction) / (direction @ Q @ direction)
         torch.testing.assert_close(step, alpha * direction, rtol=1e-5, atol=1e-9)
         assert run.optimizer.info.loss == pytest.approx(value + 0.5 * eta * float(start @ start))
-        assert run.optimizer.info.predicted == pytest.approx(float(g @ step + 0.5 * step @ Q @ step), rel=1e-6)
+        assert run.optimizer.info.predicted == pytest.approx(
+            float(g @ step + 0.5 * step @ Q @ step), rel=1e-6
+        )
 
 
 def test_l2_is_measured_by_rho() -> None:
@@ -280,7 +287,7 @@ def test_l2_is_measured_by_rho() -> None:
     assert run.optimizer.info.actual == pytest.approx(penalised() - before, rel=1e-6)
 
 
-# ---- coverage ---------------------------------------------------------------------------------------------------------
+# ---- coverage ------------------------------------------------------------------------------------------------
 
 
 class Normed(nn.Module):
@@ -336,7 +343,9 @@ def test_or_an_optimiser_of_the_users(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fallback", [None, lambda params: torch.optim.SGD(params, lr=0.1)])
 @pytest.mark.parametrize("metric", ["kfac", "diagonal"])
-def test_a_model_of_which_nothing_is_covered_is_trained_all_the_same(metric: str, fallback: Any, mode: str) -> None:
+def test_a_model_of_which_nothing_is_covered_is_trained_all_the_same(
+    metric: str, fallback: Any, mode: str
+) -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -397,7 +406,7 @@ def test_a_parameter_that_joins_the_graph_late_is_trained(fallback: Any) -> None
     assert not torch.equal(run.model.scale.detach(), torch.ones(3, dtype=DTYPE))
 
 
-# ---- what can't be ----------------------------------------------------------------------------------------------------
+# ---- what can't be -------------------------------------------------------------------------------------------
 
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:

@@ -60,7 +60,9 @@ def regions(x: Tensor) -> Tensor:
     return y
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], nn.Module, Callable[..., Tensor], Callable[[Tensor], Any]]] = {
+CASES: dict[
+    str, tuple[Callable[[], nn.Module], nn.Module, Callable[..., Tensor], Callable[[Tensor], Any]]
+] = {
     "mse": (lambda: mlp(1), nn.MSELoss(), points, surface),
     "mse-sum": (lambda: mlp(1), nn.MSELoss(reduction="sum"), points, surface),
     "gaussian": (Heads, nn.GaussianNLLLoss(), points, surface),
@@ -140,7 +142,7 @@ def test_a_sum_is_trained_like_the_mean_it_is_a_multiple_of() -> None:
     """The scale of F is the loss's: with λ scaled alike, every step is the same."""
     ends = []
     for name, damping in (("mse", 0.01), ("mse-sum", 0.64)):
-        _, after, optimizer = train(name, 10, metric="dense", damping=damping)
+        _, _, optimizer = train(name, 10, metric="dense", damping=damping)
         ends.append(torch.cat([p.detach().flatten() for p in optimizer.model.parameters()]))
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-8)
 

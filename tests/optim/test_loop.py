@@ -207,7 +207,9 @@ def test_running_statistics_are_those_of_the_users_forward_passes(metric: str) -
     def normed() -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5, affine=False), nn.Tanh(), nn.Linear(5, 3)).double()
+            return nn.Sequential(
+                nn.Linear(2, 5), nn.BatchNorm1d(5, affine=False), nn.Tanh(), nn.Linear(5, 3)
+            ).double()
 
     run = Run.of(metric, "adaptive", normed(), damping=natgrad.LevenbergMarquardt(period=1))
     norm, mean = run.model[1], torch.zeros(5, dtype=torch.float64)
@@ -401,9 +403,7 @@ def test_info_says_what_the_step_did() -> None:
     )
     assert {"evaluate", "solve", "model", "apply"} <= info.seconds.keys()
     run.step(data[1])
-    assert run.optimizer.info.rho == pytest.approx(
-        run.optimizer.info.actual / run.optimizer.info.predicted
-    )
+    assert run.optimizer.info.rho == pytest.approx(run.optimizer.info.actual / run.optimizer.info.predicted)
 
 
 def test_rho_is_measured_on_what_the_loss_really_did() -> None:
@@ -413,3 +413,46 @@ def test_rho_is_measured_on_what_the_loss_really_did() -> None:
         with torch.no_grad():
             after = run.value(batch).item()
         assert run.optimizer.info.actual == pytest.approx(after - before, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("metric", ["dense", "kfac-exact", "diagonal-exact"])
+def test_an_example_without_a_batch_dimension_is_a_batch_of_one(metric: str, mode: str) -> None:
+    ends = []
+    for batched in (True, False):
+        run = Run.of("kfac", mode, metric=KINDS[metric], loss=nn.MSELoss())
+        for x, _ in batches(6, 1):
+            y = torch.stack([x[0, 0], x[0, 1], x[0].prod()])
+            run.step((x, y[None]) if batched else (x[0], y))
+        ends.append(parameters(run.model))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_that_went_wrong_is_taken_back() -> None:
+    run, data = Run.of("kfac", "adaptive"), batches(9)
+    run.train(data[:8])
+    good, damping = parameters(run.model), run.optimizer.damping
+    for p in run.model.parameters():  # as if the last step had been far too long
+        wrong = 30 * torch.ones_like(p)
+        run.optimizer.state[p]["last"] += wrong
+        p.data += wrong
+    run.step(data[8])
+    info = run.optimizer.info
+    assert info.undone
+    assert info.loss > 3
+    assert run.optimizer.damping > damping
+    assert info.step == 9
+    last_but_one = Run.of("kfac", "adaptive")
+    last_but_one.train(data[:7])
+    torch.testing.assert_close(parameters(run.model), parameters(last_but_one.model))
+    assert not torch.equal(parameters(run.model), good)
+    run.train(batches(5, seed=4))
+    assert not run.optimizer.info.undone
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_batches_of_other_sizes_are_no_alarm(reduction: str) -> None:
+    run = Run.of("kfac", "adaptive", loss=nn.CrossEntropyLoss(reduction=reduction))
+    for k in range(12):
+        run.step(batches(1, 20 if k % 3 else 400, seed=k)[0])
+        assert not run.optimizer.info.undone

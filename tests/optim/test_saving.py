@@ -25,7 +25,11 @@ def through_a_file(state: Any) -> Any:
 
 def snapshot(run: Run) -> dict[str, Any]:
     return through_a_file(
-        {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        {
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
     )
 
 
@@ -107,7 +111,9 @@ class Normed(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::natgrad.CoverageWarning")
-@pytest.mark.parametrize("fallback", [None, lambda params: torch.optim.AdamW(params, lr=1e-2)], ids=["plain", "adamw"])
+@pytest.mark.parametrize(
+    "fallback", [None, lambda params: torch.optim.AdamW(params, lr=1e-2)], ids=["plain", "adamw"]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_fallback_is_saved_with_it(mode: str, fallback: Any) -> None:
     run = Run.of("kfac", mode, Normed(), fallback=fallback)
@@ -146,11 +152,13 @@ def test_a_scheduler_goes_on_where_it_was() -> None:
     assert torch.equal(parameters(run.model), parameters(other.model))
 
 
-# ---- what does not fit ------------------------------------------------------------------------------------------------
+# ---- what does not fit ---------------------------------------------------------------------------------------
 
 
 def wider() -> Run:
-    return Run.of("kfac", "adaptive", nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Dropout(0), nn.Linear(6, 3)).double())
+    return Run.of(
+        "kfac", "adaptive", nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Dropout(0), nn.Linear(6, 3)).double()
+    )
 
 
 def renamed() -> Run:
@@ -159,7 +167,12 @@ def renamed() -> Run:
 
 def in_groups() -> Run:
     model = net()
-    return Run.of("kfac", "adaptive", model, params=[{"params": model[0].parameters()}, {"params": model[3].parameters()}])
+    return Run.of(
+        "kfac",
+        "adaptive",
+        model,
+        params=[{"params": model[0].parameters()}, {"params": model[3].parameters()}],
+    )
 
 
 def plain_sgd() -> Run:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from oracle import likelihoods
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from oracle import likelihoods
 
 Find = Callable[[Any], Any]
 
@@ -130,7 +131,8 @@ def event_signals(loss: nn.Module, z: Tensor, y: Tensor) -> Tensor:
     signal, flat_z = torch.zeros(z.numel(), dtype=z.dtype), z.reshape(-1)
     for event, target in zip(events, y.reshape(-1), strict=True):
         index = torch.tensor(event)
-        score = torch.func.grad(lambda a: family(a).log_prob(target.to(a.dtype)).sum())(flat_z[index])
+        z_event = flat_z[index].requires_grad_()
+        (score,) = torch.autograd.grad(family(z_event).log_prob(target.to(z.dtype)).sum(), z_event)
         signal[index] = -(c**0.5) * score
     return signal.reshape(z.shape)
 
@@ -146,7 +148,11 @@ def kronecker_factors(model: nn.Module, x: Tensor, H: Tensor) -> dict[str, tuple
     results: dict[str, Tensor] = {}
     handles = [
         m.register_forward_hook(
-            lambda _m, args, out, name=name: (inputs.update({name: args[0]}), results.update({name: out}), None)[-1]
+            lambda _m, args, out, name=name: (
+                inputs.update({name: args[0]}),
+                results.update({name: out}),
+                None,
+            )[-1]
         )
         for name, m in layers.items()
     ]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import fisher as oracle
 from torch import Tensor, nn
 
 from natgrad.likelihoods import likelihood_from
@@ -14,6 +13,7 @@ from natgrad.optim.model import Basis, Expansion, Probe, expand
 from natgrad.optim.watcher import Watcher
 from natgrad.steps import QuadraticModel
 from natgrad.tape import Batch
+from oracle import fisher as oracle
 
 DTYPE = torch.float64
 
@@ -56,11 +56,17 @@ def test_what_is_fixed_stays_and_the_rest_minimises(seed: int, value: float) -> 
 def test_a_direction_that_is_zero_or_given_twice_does_no_harm() -> None:
     one = torch.ones(1, 1, dtype=DTYPE)
     zero = QuadraticModel(
-        0.0, torch.tensor([-1.0, 0.0], dtype=DTYPE), torch.block_diag(one, 0 * one), torch.zeros(2, 2, dtype=DTYPE)
+        0.0,
+        torch.tensor([-1.0, 0.0], dtype=DTYPE),
+        torch.block_diag(one, 0 * one),
+        torch.zeros(2, 2, dtype=DTYPE),
     )
     torch.testing.assert_close(zero.minimise(), torch.tensor([1.0, 0.0], dtype=DTYPE), rtol=1e-5, atol=0)
     twice = QuadraticModel(
-        0.0, torch.full((2,), -1.0, dtype=DTYPE), torch.ones(2, 2, dtype=DTYPE), torch.zeros(2, 2, dtype=DTYPE)
+        0.0,
+        torch.full((2,), -1.0, dtype=DTYPE),
+        torch.ones(2, 2, dtype=DTYPE),
+        torch.zeros(2, 2, dtype=DTYPE),
     )
     assert float(twice.minimise().sum()) == pytest.approx(1.0, rel=1e-5)
     assert float(twice.minimise().abs().max()) < 2
@@ -69,7 +75,9 @@ def test_a_direction_that_is_zero_or_given_twice_does_no_harm() -> None:
 def test_change_and_norm_are_what_they_say() -> None:
     model = random_model(3, 4, 0.1)
     c = torch.randn(4, dtype=DTYPE)
-    assert model.change(c) == pytest.approx(float(model.linear @ c + 0.5 * c @ (model.fisher + model.damping) @ c))
+    assert model.change(c) == pytest.approx(
+        float(model.linear @ c + 0.5 * c @ (model.fisher + model.damping) @ c)
+    )
     assert model.fisher_norm(c) == pytest.approx(float((c @ model.fisher @ c).sqrt()))
     assert model.change(torch.zeros(4, dtype=DTYPE)) == 0
 
@@ -79,7 +87,9 @@ class Case:
 
     def __init__(self, loss: nn.Module, build=None, seed: int = 0, examples: int = 6) -> None:
         torch.manual_seed(seed)
-        self.model = (build or (lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3))))().to(DTYPE)
+        self.model = (build or (lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3))))().to(
+            DTYPE
+        )
         self.loss = loss
         self.x = torch.randn(examples, 2, dtype=DTYPE)
         kind = nn.CrossEntropyLoss
@@ -162,7 +172,8 @@ def test_micro_batches_are_one_batch(reduction: str) -> None:
         @property
         def batches(self) -> list[Batch]:
             return [
-                Batch((self.x[rows],), {}, self.y[rows], len(rows)) for rows in torch.arange(len(self.x)).split(2)
+                Batch((self.x[rows],), {}, self.y[rows], len(rows))
+                for rows in torch.arange(len(self.x)).split(2)
             ]
 
     parts = Parts(nn.CrossEntropyLoss(reduction=reduction)).expansion()
@@ -198,7 +209,9 @@ def test_every_example_has_its_turn() -> None:
         for turn in range(20):
             pieces = _slices(batches, fraction, turn)
             rows = torch.cat([piece.args[0] for piece in pieces]).tolist()
-            assert sum(piece.examples for piece in pieces) == len(rows) >= min(total, round(fraction * total), 1)
+            assert (
+                sum(piece.examples for piece in pieces) == len(rows) >= min(total, round(fraction * total), 1)
+            )
             seen.update(rows)
         assert seen == set(range(total))
 

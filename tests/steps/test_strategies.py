@@ -28,7 +28,9 @@ def test_levenberg_marquardt_trusts_a_good_model_more_and_a_bad_one_less() -> No
 
 
 @given(st.floats(1e-12, 1e12), st.floats(allow_nan=True), st.one_of(st.none(), st.floats(0, 3)))
-def test_levenberg_marquardt_stays_within_its_bounds(damping: float, ratio: float, alpha: float | None) -> None:
+def test_levenberg_marquardt_stays_within_its_bounds(
+    damping: float, ratio: float, alpha: float | None
+) -> None:
     rule = LevenbergMarquardt(least=1e-3, greatest=1e3)
     assert 1e-3 <= rule.update(damping, ratio, alpha) <= 1e3
 

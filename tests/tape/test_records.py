@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import fisher as oracle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from natgrad.tape import Tape
 from natgrad.tape.passes import SignalPass, merged
+from oracle import fisher as oracle
 
 DTYPE = torch.float64
 

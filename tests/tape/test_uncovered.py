@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import fisher as oracle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from natgrad.tape import Tape
 from natgrad.tape.passes import SignalPass
+from oracle import fisher as oracle
 
 DTYPE = torch.float64
 

@@ -34,7 +34,7 @@ class KFAC(Metric):
         decay: ε of the running averages (Martens & Grosse 2015, §5).
         factors: observe the factors every so many steps; adapted to how fast they move if None.
         inverses: invert them every so many steps; adapted likewise if None.
-        examples: at most about so many examples of a batch enter the factors, evenly spaced; None for all. Their average
+        examples: at most so many examples of a batch enter the factors, evenly spaced; None for all. Their average
             over steps is fed often enough, and the products behind them are most of an observation's cost.
     """
 

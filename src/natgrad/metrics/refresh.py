@@ -56,7 +56,6 @@ class Refresh:
         drift = self._drift(averages)
         if drift is not None:
             drift = max(drift, other)
-        self.drift = drift
         if drift is None:
             return
         age = (self._last or 0) - (self._first or 0)
@@ -77,8 +76,10 @@ class Refresh:
         return float(torch.stack(moved).mean()) if moved else None
 
     def state_dict(self) -> dict[str, Any]:
+        """The present period, when it was looked, and the sample that drift is measured from."""
         return {"period": self.period, "first": self._first, "last": self._last, "seen": dict(self._seen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
         self.period, self._first, self._last = state["period"], state["first"], state["last"]
         self._seen = {name: value.clone() for name, value in state["seen"].items()}

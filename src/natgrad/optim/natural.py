@@ -3,54 +3,33 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from natgrad.errors import ConfigError, NonFiniteError
-from natgrad.likelihoods import Likelihood, likelihood_from
-from natgrad.metrics import Metric
-from natgrad.optim.coverage import Coverage
-from natgrad.optim.curvature import Curvature
+from natgrad.errors import NonFiniteError
 from natgrad.optim.evaluation import (
     dot,
     gradient_of,
-    loss_of,
     norm_of,
-    not_finite,
-    penalty_of,
     require_batch,
     require_finite_direction,
 )
-from natgrad.optim.groups import Membership
-from natgrad.optim.info import StepInfo
 from natgrad.optim.model import Basis, Expansion, Probe, expand
 from natgrad.optim.moves import add, forget, go, take_back, update_of, velocity_of
-from natgrad.optim.saving import load_state, save_state
-from natgrad.optim.watcher import Watcher
+from natgrad.optim.plumbing import Plumbing, Vector
 from natgrad.steps import (
     AdaptiveStep,
-    Alarm,
-    ConstantDamping,
-    Damping,
     FixedStep,
-    StepSize,
-    damping_from,
-    step_size_from,
 )
-from natgrad.steps.penalty import L2
-
-Vector = dict[str, Tensor]
 
 # In the first step a smaller λ is taken if it leaves less than this part of the loss.
 MUCH_BETTER = 0.75
 
 
-class NaturalGradient(torch.optim.Optimizer):
+class NaturalGradient(Plumbing):
     """Natural gradient descent for a PyTorch model, in an ordinary training loop.
 
     With ``lr=None`` nothing is to be tuned: step size and momentum minimise the quadratic model with the exact Fisher
@@ -79,58 +58,6 @@ class NaturalGradient(torch.optim.Optimizer):
         EmptyError: the model has no trainable parameter.
         ConfigError: an argument is out of range. UnknownNameError: no metric has that name.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: nn.Module | Likelihood,
-        params: Iterable[Any] | None = None,
-        *,
-        metric: str | Metric = "kfac",
-        lr: float | StepSize | None = None,
-        momentum: float | None = None,
-        damping: float | Damping | None = None,
-        weight_decay: float | L2 = 0.0,
-        fallback: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
-        outputs: Callable[[Any], Any] | None = None,
-        on_nonfinite: Literal["raise", "skip"] = "raise",
-        seed: int = 0,
-    ) -> None:
-        if on_nonfinite not in ("raise", "skip"):
-            raise ConfigError(f"on_nonfinite must be 'raise' or 'skip', not {on_nonfinite!r}")
-        self.likelihood = likelihood_from(likelihood)
-        self.step_size = step_size_from(lr, momentum)
-        measurable = isinstance(likelihood, nn.Module)  # ρ needs the loss, so it needs the targets
-        self.damping_rule = damping_from(damping, isinstance(self.step_size, AdaptiveStep) and measurable)
-        if not measurable and not isinstance(self.damping_rule, ConstantDamping):
-            raise ConfigError(
-                "this damping needs the loss at the new parameters, which a likelihood alone does not tell; pass the "
-                "torch.nn loss, or a number as damping"
-            )
-        self.damping = self.damping_rule.initial
-        self.info = StepInfo()
-        self.model = model
-        self._members = Membership(model, params, metric, weight_decay)
-        self._on_nonfinite = on_nonfinite
-        self._step, self._skipped, self._batch = 0, 0, 0
-        self._usual_alpha: float | None = None
-        self._alarm = Alarm()
-        default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0
-        self._built = False
-        super().__init__(self._members.groups, {"lr": default_lr})
-        self._built = True
-        self._curvature = Curvature(self._members, self.likelihood, seed, fallback)
-        self._watcher = Watcher(
-            model,
-            likelihood if isinstance(likelihood, nn.Module) else None,
-            self.likelihood,
-            outputs,
-            self._curvature.tapes,
-            self._curvature.due,
-            self._curvature.observe,
-        )
-
-    # ---- the step -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor | float | None:  # type: ignore[override]
@@ -255,7 +182,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return record
 
     def _first_damping(self, size: AdaptiveStep, loss: float | None, gradient: Vector) -> float:
-        """λ for the first step: the initial one, or a tenth or a hundredth of it where the loss after it is much less."""
+        """λ for the first step: the initial one, or a tenth or hundredth of it where the loss after it is much less."""
         best, least = self.damping, math.inf
         trials = self.damping_rule.trials()
         for trial in trials if len(trials) > 1 and self._curvature.measures else ():
@@ -313,63 +240,6 @@ class NaturalGradient(torch.optim.Optimizer):
         self.damping = self.damping_rule.update(self.damping, ratio, self._usual_alpha)
         return {"actual": actual, "rho": ratio}
 
-    # ---- what the step needs --------------------------------------------------------------------------------------
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients, and the batches that were seen since the last step."""
-        super().zero_grad(set_to_none)
-        if self._built and not self._inside_closure:
-            self._watcher.clear()
-            self._curvature.restart(self._step)
-
-    def coverage(self) -> Coverage:
-        """Which rule covers which parameter; complete after the first forward pass and loss."""
-        return self._curvature.coverage()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of torch's optimisers, and under "natgrad" λ, the averages and the generator."""
-        return save_state(self, super().state_dict())
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores a run: its next steps are the same to the last bit.
-
-        Raises:
-            StateError: the state belongs to another model, other groups or another version.
-        """
-        load_state(self, state_dict, super().load_state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while the optimiser is being built: curvature is kept for a fixed set of parameters.
-
-        Raises:
-            ConfigError: after that.
-        """
-        if self._built:
-            raise ConfigError(
-                "a NaturalGradient's groups are fixed; build a new optimiser for other parameters"
-            )
-        super().add_param_group(param_group)
-
-    _built = False
-    _inside_closure = False
-
-    def _evaluate(self, closure: Callable[[], Tensor | float] | None) -> Tensor | float | None:
-        if closure is None:
-            return None
-        self._watcher.clear()
-        self._curvature.restart(self._step)
-        self._inside_closure = True
-        try:
-            with torch.enable_grad():
-                return closure()
-        finally:
-            self._inside_closure = False
-
-    def _loss(self, returned: Tensor | float | None) -> float | None:
-        """h(θ) with the penalty."""
-        value = loss_of(self._watcher, returned, self.likelihood.reduction == "sum")
-        return None if value is None else value + penalty_of(self.param_groups)
-
     def _averaged(self, gradient: Vector) -> Vector:
         """The gradient that Δ is made from: β of the last one's and 1 − β of this batch's."""
         if not isinstance(self.step_size, AdaptiveStep):
@@ -386,64 +256,9 @@ class NaturalGradient(torch.optim.Optimizer):
                 averaged[name] = state["gradient"].lerp_(g, 1.0 - keep)
         return averaged
 
-    def _finite(self, loss: float | None, norm: float, gradient: Vector) -> bool:
-        """Raises or counts when something is not finite; nothing has been changed by then."""
-        self._batch += 1
-        what = not_finite(loss, norm, gradient, self._curvature.trouble)
-        if what is None:
-            return True
-        self._skip(what, loss, norm)
-        return False
-
-    def _skip(self, what: str, loss: float | None, norm: float) -> None:
-        """Raises, or counts a step that was not taken."""
-        self._skipped += 1
-        self._watcher.clear()
-        self._curvature.restart(self._step)
-        if self._on_nonfinite == "raise":
-            raise NonFiniteError(
-                f"{what} in step {self._step + 1}, batch {self._batch}; no parameter was changed. Look at that batch, "
-                'or pass on_nonfinite="skip"'
-            )
-        self.info = StepInfo(
-            step=self._step, loss=loss, damping=self.damping, grad_norm=norm, skipped=self._skipped
-        )
-
     def _undo(self, loss: float, norm: float) -> None:
         """Takes the last step back, forgets what led to it, and trusts the model less."""
         take_back(self._members.members, self._at)
         damping, self._usual_alpha = self.damping, None
         self.damping = self.damping_rule.update(self.damping_rule.update(damping, math.nan), math.nan)
         self._finish({"loss": loss, "damping": damping, "grad_norm": norm, "undone": True})
-
-    def _finish(self, record: dict[str, Any]) -> None:
-        self._step += 1
-        self.info = StepInfo(
-            step=self._step,
-            observed=self._curvature.observed,
-            skipped=self._skipped,
-            stages=self._curvature.stages(),
-            seconds=self._seconds,
-            **record,
-        )
-        self._watcher.clear()
-        self._curvature.restart(self._step)
-
-    def _unit(self) -> float:
-        """One nat per example on the scale of the loss."""
-        return float(self._watcher.examples) if self.likelihood.reduction == "sum" else 1.0
-
-    def _dampings(self, names: Iterable[str], damping: float | None = None) -> dict[str, float]:
-        """λ + η by name."""
-        damping = self.damping if damping is None else damping
-        return {name: damping + self._at(name)[0]["l2"] for name in names}
-
-    def _at(self, name: str) -> tuple[dict[str, Any], nn.Parameter, dict[str, Any]]:
-        member = self._members.members[name]
-        return self.param_groups[member.group], member.parameter, self.state[member.parameter]
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -11,12 +11,12 @@ from natgrad.optim.info import StepInfo
 from natgrad.steps import Alarm
 
 if TYPE_CHECKING:
-    from natgrad.optim.natural import NaturalGradient
+    from natgrad.optim.plumbing import Plumbing
 
 VERSION = 1
 
 
-def save_state(optimizer: NaturalGradient, base: dict[str, Any]) -> dict[str, Any]:
+def save_state(optimizer: Plumbing, base: dict[str, Any]) -> dict[str, Any]:
     """The base class' state dict with everything that natgrad keeps beside it."""
     curvature = optimizer._curvature
     fallback = curvature.fallback_optimizer
@@ -44,7 +44,7 @@ def save_state(optimizer: NaturalGradient, base: dict[str, Any]) -> dict[str, An
 
 
 def load_state(
-    optimizer: NaturalGradient, state: Mapping[str, Any], load_base: Callable[[dict[str, Any]], None]
+    optimizer: Plumbing, state: Mapping[str, Any], load_base: Callable[[dict[str, Any]], None]
 ) -> None:
     """Restores what `save_state` gave; checks that it fits before anything is changed."""
     own = state.get("natgrad")
@@ -76,6 +76,8 @@ def load_state(
     optimizer._step, optimizer._batch, optimizer._skipped = own["step"], own["batch"], own["skipped"]
     optimizer.damping, optimizer._usual_alpha = own["damping"], own["usual_alpha"]
     optimizer._alarm = Alarm(*own["alarm"])
-    optimizer.info = StepInfo(step=own["step"], damping=own["damping"], skipped=own["skipped"], undone=own["undone"])
+    optimizer.info = StepInfo(
+        step=own["step"], damping=own["damping"], skipped=own["skipped"], undone=own["undone"]
+    )
     optimizer._watcher.clear()
     optimizer._curvature.load(own)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from natgrad.errors import ConfigError
 
+
 @dataclass(frozen=True)
 class Damping(abc.ABC):
     """Decides λ. The value itself is kept by the optimiser."""
@@ -92,12 +93,10 @@ class LevenbergMarquardt(Damping):
         return step % self.period == 0
 
     def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
-        """λω where ρ > ¾ and α is large enough, λ/ω where ρ < ¼ or α is small, λ/ω² where it is tiny or the loss rose."""
+        """λω where ρ > ¾ and α is large, λ/ω where ρ < ¼ or α is small, λ/ω² where α is tiny or the loss rose."""
         factor = self.decay**self.period
         low, high = self.trust
-        if not math.isfinite(ratio) or ratio < 0:
-            damping = damping / factor**2
-        elif alpha is not None and alpha < low / 2:
+        if not math.isfinite(ratio) or ratio < 0 or (alpha is not None and alpha < low / 2):
             damping = damping / factor**2
         elif ratio < 0.25 or (alpha is not None and alpha < low):
             damping = damping / factor

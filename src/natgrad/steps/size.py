@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import abc
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,12 +17,7 @@ HARMLESS = 0.1
 
 
 @dataclass(frozen=True)
-class StepSize(abc.ABC):
-    """Decides α, and the momentum coefficient μ with it."""
-
-
-@dataclass(frozen=True)
-class FixedStep(StepSize):
+class FixedStep:
     """θ ← θ + lr · v with v ← μ v + Δ: the velocity form, as in torch.optim.SGD.
 
     Attributes:
@@ -59,7 +54,7 @@ class FixedStep(StepSize):
 
 
 @dataclass(frozen=True)
-class AdaptiveStep(StepSize):
+class AdaptiveStep:
     """α and μ minimise the quadratic model with the exact Fisher information (Martens & Grosse 2015, §6.4 and §7).
 
     Three things differ from that paper, each because a batch holds far fewer examples than a network has parameters:
@@ -120,7 +115,9 @@ class AdaptiveStep(StepSize):
         """
         fixed = {} if previous is None or self.momentum is None else {previous: self.momentum}
         c = model.minimise(fixed)
-        if previous is not None and abs(float(c[previous])) > 1.0:  # a tiny last step says little about far away
+        if (
+            previous is not None and abs(float(c[previous])) > 1.0
+        ):  # a tiny last step says little about far away
             fixed = {previous: math.copysign(1.0, float(c[previous]))}
             c = model.minimise(fixed)
         if usual is not None and float(c[0]) > (most := self.growth * max(usual, HARMLESS)):
@@ -140,6 +137,10 @@ def believable(model: QuadraticModel, c: Float[Tensor, "K"], unit: float = 1.0) 
     slope, curvature = float(model.linear @ c), float(c @ model.curvature @ c)
     # The smaller root of s·slope + ½ s²·curvature = −limit.
     return 2 * limit / (-slope + math.sqrt(max(0.0, slope**2 - 2 * curvature * limit)))
+
+
+# What decides α, and the momentum coefficient μ with it.
+StepSize: TypeAlias = FixedStep | AdaptiveStep
 
 
 def step_size_from(lr: float | StepSize | None, momentum: float | None) -> StepSize:

@@ -34,6 +34,7 @@ class Block:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The parameters' names: the weight's, and the bias' if there is one."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
@@ -89,5 +90,6 @@ class LayerRecord:
         return torch.cat([x, fill], dim=-1)
 
     def grouped_signals(self) -> Float[Tensor, "batch shared groups outputs"]:
+        """Signals by group."""
         g = self.signals
         return g.reshape(*g.shape[:2], self.block.groups, -1)

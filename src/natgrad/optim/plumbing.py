@@ -1,0 +1,207 @@
+"""Everything around the step: hooks, closures, parameter groups, state, and what is not finite."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.errors import ConfigError, NonFiniteError
+from natgrad.likelihoods import Likelihood, likelihood_from
+from natgrad.metrics import Metric
+from natgrad.optim.coverage import Coverage
+from natgrad.optim.curvature import Curvature
+from natgrad.optim.evaluation import loss_of, not_finite, penalty_of
+from natgrad.optim.groups import Membership
+from natgrad.optim.info import StepInfo
+from natgrad.optim.saving import load_state, save_state
+from natgrad.optim.watcher import Watcher
+from natgrad.steps import (
+    AdaptiveStep,
+    Alarm,
+    ConstantDamping,
+    Damping,
+    FixedStep,
+    StepSize,
+    damping_from,
+    step_size_from,
+)
+from natgrad.steps.penalty import L2
+
+Vector = dict[str, Tensor]
+
+
+class Plumbing(torch.optim.Optimizer):
+    """What an optimiser must do beside its mathematics; `NaturalGradient` adds the step.
+
+    Attributes:
+        likelihood: the likelihood of the loss.
+        step_size: the strategy that chooses α and μ.
+        damping_rule: the strategy that chooses λ.
+        damping: λ at present.
+        info: what the last step did.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: nn.Module | Likelihood,
+        params: Iterable[Any] | None = None,
+        *,
+        metric: str | Metric = "kfac",
+        lr: float | StepSize | None = None,
+        momentum: float | None = None,
+        damping: float | Damping | None = None,
+        weight_decay: float | L2 = 0.0,
+        fallback: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        outputs: Callable[[Any], Any] | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        seed: int = 0,
+    ) -> None:
+        if on_nonfinite not in ("raise", "skip"):
+            raise ConfigError(f"on_nonfinite must be 'raise' or 'skip', not {on_nonfinite!r}")
+        self.likelihood = likelihood_from(likelihood)
+        self.step_size = step_size_from(lr, momentum)
+        measurable = isinstance(likelihood, nn.Module)  # ρ needs the loss, so it needs the targets
+        self.damping_rule = damping_from(damping, isinstance(self.step_size, AdaptiveStep) and measurable)
+        if not measurable and not isinstance(self.damping_rule, ConstantDamping):
+            raise ConfigError(
+                "this damping needs the loss at the new parameters, which a likelihood alone does not tell; pass the "
+                "torch.nn loss, or a number as damping"
+            )
+        self.damping = self.damping_rule.initial
+        self.info = StepInfo()
+        self.model = model
+        self._members = Membership(model, params, metric, weight_decay)
+        self._on_nonfinite = on_nonfinite
+        self._step, self._skipped, self._batch = 0, 0, 0
+        self._usual_alpha: float | None = None
+        self._alarm = Alarm()
+        default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0
+        self._built = False
+        super().__init__(self._members.groups, {"lr": default_lr})
+        self._built = True
+        self._curvature = Curvature(self._members, self.likelihood, seed, fallback)
+        self._watcher = Watcher(
+            model,
+            likelihood if isinstance(likelihood, nn.Module) else None,
+            self.likelihood,
+            outputs,
+            self._curvature.tapes,
+            self._curvature.due,
+            self._curvature.observe,
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and the batches that were seen since the last step."""
+        super().zero_grad(set_to_none)
+        if self._built and not self._inside_closure:
+            self._watcher.clear()
+            self._curvature.restart(self._step)
+
+    def coverage(self) -> Coverage:
+        """Which rule covers which parameter; complete after the first forward pass and loss."""
+        return self._curvature.coverage()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of torch's optimisers, and under "natgrad" λ, the averages and the generator."""
+        return save_state(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores a run: its next steps are the same to the last bit.
+
+        Raises:
+            StateError: the state belongs to another model, other groups or another version.
+        """
+        load_state(self, state_dict, super().load_state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while the optimiser is being built: curvature is kept for a fixed set of parameters.
+
+        Raises:
+            ConfigError: after that.
+        """
+        if self._built:
+            raise ConfigError(
+                "a NaturalGradient's groups are fixed; build a new optimiser for other parameters"
+            )
+        super().add_param_group(param_group)
+
+    _built = False
+    _inside_closure = False
+
+    def _evaluate(self, closure: Callable[[], Tensor | float] | None) -> Tensor | float | None:
+        if closure is None:
+            return None
+        self._watcher.clear()
+        self._curvature.restart(self._step)
+        self._inside_closure = True
+        try:
+            with torch.enable_grad():
+                return closure()
+        finally:
+            self._inside_closure = False
+
+    def _loss(self, returned: Tensor | float | None) -> float | None:
+        """h(θ) with the penalty."""
+        value = loss_of(self._watcher, returned, self.likelihood.reduction == "sum")
+        return None if value is None else value + penalty_of(self.param_groups)
+
+    def _finite(self, loss: float | None, norm: float, gradient: Vector) -> bool:
+        """Raises or counts when something is not finite; nothing has been changed by then."""
+        self._batch += 1
+        what = not_finite(loss, norm, gradient, self._curvature.trouble)
+        if what is None:
+            return True
+        self._skip(what, loss, norm)
+        return False
+
+    def _skip(self, what: str, loss: float | None, norm: float) -> None:
+        """Raises, or counts a step that was not taken."""
+        self._skipped += 1
+        self._watcher.clear()
+        self._curvature.restart(self._step)
+        if self._on_nonfinite == "raise":
+            raise NonFiniteError(
+                f"{what} in step {self._step + 1}, batch {self._batch}; no parameter was changed. Look at that batch, "
+                'or pass on_nonfinite="skip"'
+            )
+        self.info = StepInfo(
+            step=self._step, loss=loss, damping=self.damping, grad_norm=norm, skipped=self._skipped
+        )
+
+    def _finish(self, record: dict[str, Any]) -> None:
+        self._step += 1
+        self.info = StepInfo(
+            step=self._step,
+            observed=self._curvature.observed,
+            skipped=self._skipped,
+            stages=self._curvature.stages(),
+            seconds=self._seconds,
+            **record,
+        )
+        self._watcher.clear()
+        self._curvature.restart(self._step)
+
+    def _unit(self) -> float:
+        """One nat per example on the scale of the loss."""
+        return float(self._watcher.examples) if self.likelihood.reduction == "sum" else 1.0
+
+    def _dampings(self, names: Iterable[str], damping: float | None = None) -> dict[str, float]:
+        """λ + η by name."""
+        damping = self.damping if damping is None else damping
+        return {name: damping + self._at(name)[0]["l2"] for name in names}
+
+    def _at(self, name: str) -> tuple[dict[str, Any], nn.Parameter, dict[str, Any]]:
+        member = self._members.members[name]
+        return self.param_groups[member.group], member.parameter, self.state[member.parameter]
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
