@@ -165,7 +165,7 @@ def test_empirical_of_one_event_an_example_is_the_gradients_second_moment(show: 
 def test_sampled_kinds_converge_to_the_exact(name: str, kind: str, show: Callable) -> None:
     model, loss, x, y = batch(name)
     draws = []
-    for seed in range(400):
+    for seed in range(200):
         shown = show(Dense(kind=kind), model, loss, seed=seed)
         shown.observe(x, y)
         draws.append(shown.dense())

@@ -97,7 +97,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, show: Callable) 
 def test_sampled_kinds_converge_to_the_exact(name: str, kind: str, show: Callable) -> None:
     model, loss, x, y = batch(name)
     draws = []
-    for seed in range(500):
+    for seed in range(250):
         shown = show(Diagonal(kind=kind), model, loss, seed=seed)
         shown.observe(x, y)
         draws.append(values(shown))

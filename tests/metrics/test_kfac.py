@@ -126,7 +126,7 @@ def test_sampled_kinds_converge_to_the_exact(kind: str, show: Callable) -> None:
     exact = show(KFAC(kind="exact"), model, loss)
     exact.observe(x, y)
     draws = []
-    for seed in range(500):
+    for seed in range(250):
         shown = show(KFAC(kind=kind), model, loss, seed=seed)
         shown.observe(x, y)
         draws.append(torch.cat([G.flatten() for _, G in factors(shown).values()]))

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,11 @@ MODES: dict[str, dict[str, Any]] = {
     "adaptive": {},
     "fixed": {"lr": 0.1, "momentum": 0.9, "damping": 0.1},
 }
+
+
+def for_every(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs a test for every metric in every mode."""
+    return pytest.mark.parametrize("metric", METRICS)(pytest.mark.parametrize("mode", MODES)(test))
 
 
 def net(dtype: torch.dtype = DTYPE, dropout: float = 0.0, seed: int = 0) -> nn.Sequential:

@@ -61,10 +61,10 @@ def test_the_next_hundred_steps_are_the_same(metric: str, mode: str) -> None:
     other = Run.of(metric, mode, net(dropout=0.3, seed=5), weight_decay=L2(1e-3), seed=3)
     resume(other, saved)
     assert other.optimizer.info.step == 13
-    assert_same_run(run, other, 100 if metric == "kfac" else 30, saved["rng"])
+    assert_same_run(run, other, 100 if metric == "kfac" else 20, saved["rng"])
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 4, 9, 16])
+@pytest.mark.parametrize("after", [0, 1, 4, 11])
 @pytest.mark.parametrize("metric", ["kfac", "kfac-lazy", "diagonal"])
 def test_a_run_can_be_saved_at_any_step(metric: str, after: int) -> None:
     run = Run.of(metric, "adaptive")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.errors import NonFiniteError
+from natgrad.errors import NonFiniteError, NotPositiveDefiniteError
 from natgrad.optim.evaluation import (
     dot,
     gradient_of,
@@ -88,7 +88,7 @@ class NaturalGradient(Plumbing):
             require_batch(self._watcher, loss)
         if isinstance(self.step_size, AdaptiveStep) and loss is not None:
             level = loss / self._unit()
-            if self._alarm.rings(level) and not self.info.undone:
+            if self._alarm.rings(level) and not self.info.undone and self._is_to_blame():
                 self._undo(loss, norm)
                 return returned
             self._alarm = self._alarm.after(level)
@@ -186,7 +186,12 @@ class NaturalGradient(Plumbing):
         best, least = self.damping, math.inf
         trials = self.damping_rule.trials()
         for trial in trials if len(trials) > 1 and self._curvature.measures else ():
-            direction = self._curvature.direction(gradient, self._dampings(gradient, trial), self._step)
+            try:
+                direction = self._curvature.direction(gradient, self._dampings(gradient, trial), self._step)
+            except (NonFiniteError, NotPositiveDefiniteError):
+                if trial == trials[0]:
+                    raise
+                break  # too small a λ to factorise with
             if not direction:
                 break
             parts = self._curvature.parts(direction, size.groups if size.coarse else 1)
@@ -255,6 +260,13 @@ class NaturalGradient(Plumbing):
             else:
                 averaged[name] = state["gradient"].lerp_(g, 1.0 - keep)
         return averaged
+
+    def _is_to_blame(self) -> bool:
+        """Whether the batch that rang the alarm would not have done so before the last step: some are just hard."""
+        before = {name: self._at(name)[1] - self._at(name)[2].get("last", 0.0) for name in self._members.members}
+        with self._watcher.paused():
+            probe = Probe.of(self.model, self.likelihood, self._watcher, 1.0, self._step)
+            return not self._alarm.rings(probe.loss(before) / self._unit())
 
     def _undo(self, loss: float, norm: float) -> None:
         """Takes the last step back, forgets what led to it, and trusts the model less."""
