@@ -254,7 +254,7 @@ def test_a_batch_that_is_merely_hard_takes_nothing_back() -> None:
     """It would have been as hard before the last step."""
     run, data = Run.of("kfac", "adaptive"), batches(30)
     run.train(data[:29])
-    x, y = data[29]
+    x, _ = data[29]
     with torch.no_grad():
         wrong = run.model(20 * x).argmin(1)
     run.step((20 * x, wrong))

@@ -263,7 +263,9 @@ class NaturalGradient(Plumbing):
 
     def _is_to_blame(self) -> bool:
         """Whether the batch that rang the alarm would not have done so before the last step: some are just hard."""
-        before = {name: self._at(name)[1] - self._at(name)[2].get("last", 0.0) for name in self._members.members}
+        before = {
+            name: self._at(name)[1] - self._at(name)[2].get("last", 0.0) for name in self._members.members
+        }
         with self._watcher.paused():
             probe = Probe.of(self.model, self.likelihood, self._watcher, 1.0, self._step)
             return not self._alarm.rings(probe.loss(before) / self._unit())
