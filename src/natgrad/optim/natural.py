@@ -75,7 +75,7 @@ class NaturalGradient(Plumbing):
             StepError: no gradient, or no batch was seen.
             ModelChangedError: the model's parameters are not those the optimiser was built with.
         """
-        self._seconds: dict[str, float] = {}
+        self._seconds = {}
         with self._timed("evaluate"):
             returned = self._evaluate(closure)
             self._members.check_unchanged()

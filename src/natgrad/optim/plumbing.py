@@ -81,6 +81,7 @@ class Plumbing(torch.optim.Optimizer):
         self._step, self._skipped, self._batch = 0, 0, 0
         self._usual_alpha: float | None = None
         self._alarm = Alarm()
+        self._seconds: dict[str, float] = {}
         default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0
         self._built = False
         super().__init__(self._members.groups, {"lr": default_lr})
