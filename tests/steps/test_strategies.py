@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natgrad import L2, AdaptiveStep, ConfigError, ConstantDamping, FixedStep, LevenbergMarquardt
-from natgrad.steps import Alarm, QuadraticModel, damping_from, step_size_from
+from natgrad.steps import Alarm, QuadraticModel, Witness, damping_from, step_size_from
 
 DTYPE = torch.float64
 
@@ -32,7 +32,27 @@ def test_levenberg_marquardt_stays_within_its_bounds(
     damping: float, ratio: float, alpha: float | None
 ) -> None:
     rule = LevenbergMarquardt(least=1e-3, greatest=1e3)
-    assert 1e-3 <= rule.update(damping, ratio, alpha) <= 1e3
+    witness = None if alpha is None else Witness(alpha)
+    assert 1e-3 <= rule.update(damping, ratio, witness) <= 1e3
+
+
+def test_alpha_raises_the_damping_only_where_more_of_it_would_help() -> None:
+    rule = LevenbergMarquardt()
+    factor = rule.decay**rule.period
+    assert rule.update(1.0, 1.0, Witness(0.15)) == pytest.approx(1 / factor)
+    assert rule.update(1.0, 1.0, Witness(0.05)) == pytest.approx(1 / factor**2)
+    assert rule.update(1.0, 1.0, Witness(0.3)) == 1.0
+    assert rule.update(1.0, 1.0, Witness(0.5)) == pytest.approx(factor)
+    assert rule.update(1.0, 1.0, Witness(0.05, share=0.5)) == 1.0  # the step is mostly plain descent already
+    assert rule.update(1.0, -1.0, Witness(0.05, share=0.5)) > 1.0  # but the loss rose
+
+
+def test_a_witness_forgets() -> None:
+    witness = Witness(1.0, 0.0)
+    for _ in range(50):
+        witness = witness.after(0.25, 0.5)
+    assert witness.alpha == pytest.approx(0.25, rel=1e-3)
+    assert witness.share == pytest.approx(0.5, rel=1e-3)
 
 
 def test_it_measures_once_a_period() -> None:

@@ -20,10 +20,7 @@ from natgrad.optim.evaluation import (
 from natgrad.optim.model import Basis, Expansion, Probe, expand
 from natgrad.optim.moves import add, forget, go, take_back, update_of, velocity_of
 from natgrad.optim.plumbing import Plumbing, Vector
-from natgrad.steps import (
-    AdaptiveStep,
-    FixedStep,
-)
+from natgrad.steps import AdaptiveStep, FixedStep, Witness
 
 # In the first step a smaller λ is taken if it leaves less than this part of the loss.
 MUCH_BETTER = 0.75
@@ -151,7 +148,7 @@ class NaturalGradient(Plumbing):
             expansion = self._expand(basis, loss, gradient)
             model = expansion.model
             require_finite_direction(float(model.linear.sum() + model.curvature.sum()))
-            usual = None if coarse else self._usual_alpha
+            usual = None if coarse or self._witness is None else self._witness.alpha
             c = size.coefficients(model, basis.previous_index, usual, self._unit())
         with self._timed("apply"):
             alphas = c[: len(parts)].tolist()
@@ -169,8 +166,8 @@ class NaturalGradient(Plumbing):
                 predicted = expansion.model.change(c)
             add(update, parts, alphas, self._at)
         if not coarse:
-            alpha, known = max(alphas[0], 0.0), self._usual_alpha
-            self._usual_alpha = alpha if known is None else 0.8 * known + 0.2 * alpha
+            seen = max(alphas[0], 0.0), float(model.damping[0, 0] / model.curvature[0, 0])
+            self._witness = self._witness.after(*seen) if self._witness else Witness(*seen)
         record: dict[str, Any] = {
             "alpha": sum(alphas) / len(alphas),
             "momentum": momentum,
@@ -242,7 +239,7 @@ class NaturalGradient(Plumbing):
                 "actual": None if math.isnan(actual) else actual
             }  # too small to be seen: ρ would be rounding
         ratio = actual / predicted if predicted < 0 else math.nan
-        self.damping = self.damping_rule.update(self.damping, ratio, self._usual_alpha)
+        self.damping = self.damping_rule.update(self.damping, ratio, self._witness)
         return {"actual": actual, "rho": ratio}
 
     def _averaged(self, gradient: Vector) -> Vector:
@@ -273,6 +270,6 @@ class NaturalGradient(Plumbing):
     def _undo(self, loss: float, norm: float) -> None:
         """Takes the last step back, forgets what led to it, and trusts the model less."""
         take_back(self._members.members, self._at)
-        damping, self._usual_alpha = self.damping, None
+        damping, self._witness = self.damping, None
         self.damping = self.damping_rule.update(self.damping_rule.update(damping, math.nan), math.nan)
         self._finish({"loss": loss, "damping": damping, "grad_norm": norm, "undone": True})

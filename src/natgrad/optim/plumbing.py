@@ -27,7 +27,9 @@ from natgrad.steps import (
     Damping,
     FixedStep,
     StepSize,
+    Witness,
     damping_from,
+    Witness,
     step_size_from,
 )
 from natgrad.steps.penalty import L2
@@ -79,7 +81,7 @@ class Plumbing(torch.optim.Optimizer):
         self._members = Membership(model, params, metric, weight_decay)
         self._on_nonfinite = on_nonfinite
         self._step, self._skipped, self._batch = 0, 0, 0
-        self._usual_alpha: float | None = None
+        self._witness: Witness | None = None
         self._alarm = Alarm()
         self._seconds: dict[str, float] = {}
         default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0

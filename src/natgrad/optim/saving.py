@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from natgrad.errors import StateError
 from natgrad.optim.info import StepInfo
-from natgrad.steps import Alarm
+from natgrad.steps import Alarm, Witness
 
 if TYPE_CHECKING:
     from natgrad.optim.plumbing import Plumbing
 
-VERSION = 1
+VERSION = 2
 
 
 def save_state(optimizer: Plumbing, base: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def save_state(optimizer: Plumbing, base: dict[str, Any]) -> dict[str, Any]:
         "batch": optimizer._batch,
         "skipped": optimizer._skipped,
         "damping": optimizer.damping,
-        "usual_alpha": optimizer._usual_alpha,
+        "witness": None if optimizer._witness is None else dataclasses.astuple(optimizer._witness),
         "alarm": (optimizer._alarm.mean, optimizer._alarm.deviation, optimizer._alarm.count),
         "undone": optimizer.info.undone,
         "generator": curvature.generator.get_state(),
@@ -74,7 +75,8 @@ def load_state(
     except ValueError as error:
         raise StateError(f"this state does not fit the parameter groups: {error}") from error
     optimizer._step, optimizer._batch, optimizer._skipped = own["step"], own["batch"], own["skipped"]
-    optimizer.damping, optimizer._usual_alpha = own["damping"], own["usual_alpha"]
+    optimizer.damping = own["damping"]
+    optimizer._witness = None if own["witness"] is None else Witness(*own["witness"])
     optimizer._alarm = Alarm(*own["alarm"])
     optimizer.info = StepInfo(
         step=own["step"], damping=own["damping"], skipped=own["skipped"], undone=own["undone"]

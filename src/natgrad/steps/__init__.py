@@ -5,6 +5,7 @@ from natgrad.steps.damping import ConstantDamping, Damping, LevenbergMarquardt, 
 from natgrad.steps.penalty import L2
 from natgrad.steps.quadratic import QuadraticModel
 from natgrad.steps.size import AdaptiveStep, FixedStep, StepSize, step_size_from
+from natgrad.steps.witness import Witness
 
 __all__ = [
     "L2",
@@ -16,6 +17,7 @@ __all__ = [
     "LevenbergMarquardt",
     "QuadraticModel",
     "StepSize",
+    "Witness",
     "damping_from",
     "step_size_from",
 ]

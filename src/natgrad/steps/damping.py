@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from natgrad.errors import ConfigError
+from natgrad.steps.witness import Witness
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class Damping(abc.ABC):
         """Whether the reduction ratio ρ is wanted after this step (it costs a forward pass)."""
 
     @abc.abstractmethod
-    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
+    def update(self, damping: float, ratio: float, witness: Witness | None = None) -> float:
         """λ after a step.
 
         Args:
             damping: λ.
             ratio: ρ = [h(θ+δ) − h(θ)] / [M(δ) − M(0)].
-            alpha: the running average of α, where one number describes it.
+            witness: averages of α and of λ's share in the curvature, where one number describes them.
         """
 
 
@@ -48,7 +49,7 @@ class ConstantDamping(Damping):
         """Never: ρ is not needed."""
         return False
 
-    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
+    def update(self, damping: float, ratio: float, witness: Witness | None = None) -> float:
         """λ, unchanged."""
         return damping
 
@@ -66,6 +67,8 @@ class LevenbergMarquardt(Damping):
         decay: ω₁, what a step of good agreement leaves of λ.
         period: T₁, steps between two measurements of ρ.
         trust: (low, high): λ rises where α is below low, and falls only where it is above high.
+        share: α no longer raises λ where λ is more than this part of the curvature along Δ. With few examples a batch
+            α is small because the next batch's gradient is another, whatever λ.
         least: λ never falls below it.
         greatest: λ never rises above it.
     """
@@ -74,6 +77,7 @@ class LevenbergMarquardt(Damping):
     decay: float = 0.9  # ω₁
     period: int = 5  # T₁
     trust: tuple[float, float] = (0.2, 0.4)
+    share: float = 1 / 3
     least: float = 1e-8
     greatest: float = 1e6
 
@@ -92,15 +96,18 @@ class LevenbergMarquardt(Damping):
         """Every `period` steps."""
         return step % self.period == 0
 
-    def update(self, damping: float, ratio: float, alpha: float | None = None) -> float:
+    def update(self, damping: float, ratio: float, witness: Witness | None = None) -> float:
         """λω where ρ > ¾ and α is large, λ/ω where ρ < ¼ or α is small, λ/ω² where α is tiny or the loss rose."""
         factor = self.decay**self.period
         low, high = self.trust
-        if not math.isfinite(ratio) or ratio < 0 or (alpha is not None and alpha < low / 2):
+        alpha = math.inf if witness is None else witness.alpha
+        if witness is not None and witness.share > self.share:
+            low = 0.0
+        if not math.isfinite(ratio) or ratio < 0 or alpha < low / 2:
             damping = damping / factor**2
-        elif ratio < 0.25 or (alpha is not None and alpha < low):
+        elif ratio < 0.25 or alpha < low:
             damping = damping / factor
-        elif ratio > 0.75 and (alpha is None or alpha > high):
+        elif ratio > 0.75 and alpha > high:
             damping = damping * factor
         return min(max(damping, self.least), self.greatest)
 
