@@ -16,6 +16,7 @@ class StepInfo:
         damping: λ that the step was made with.
         alpha: α, the coefficient of −(F̂+λI)⁻¹∇h; the mean over layers where each had its own.
         momentum: μ, the coefficient of the last step.
+        relaxation: the part of the quadratic model's minimiser that was taken.
         rho: ρ = actual ÷ predicted change, where it was measured.
         grad_norm: ‖∇h‖.
         step_norm: ‖δ‖_F = √(δᵀFδ) in √nats, where the exact Fisher information was used.
@@ -33,6 +34,7 @@ class StepInfo:
     damping: float = 0.0
     alpha: float = 0.0
     momentum: float = 0.0
+    relaxation: float = 1.0
     rho: float | None = None
     grad_norm: float = 0.0
     step_norm: float | None = None

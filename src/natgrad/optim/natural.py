@@ -20,7 +20,7 @@ from natgrad.optim.evaluation import (
 from natgrad.optim.model import Basis, Expansion, Probe, expand
 from natgrad.optim.moves import add, forget, go, take_back, update_of, velocity_of
 from natgrad.optim.plumbing import Plumbing, Vector
-from natgrad.steps import AdaptiveStep, FixedStep, Witness
+from natgrad.steps import AdaptiveStep, FixedStep, Promise, Witness
 
 # In the first step a smaller λ is taken if it leaves less than this part of the loss.
 MUCH_BETTER = 0.75
@@ -149,28 +149,38 @@ class NaturalGradient(Plumbing):
             model = expansion.model
             require_finite_direction(float(model.linear.sum() + model.curvature.sum()))
             usual = None if coarse or self._witness is None else self._witness.alpha
-            c = size.coefficients(model, basis.previous_index, usual, self._unit())
+            last = basis.previous_index
+            if last is not None and self._promise is not None:
+                self._confirmation = self._confirmation.after(self._promise, float(model.linear[last]))
+            c = whole = size.coefficients(model, last, usual, self._unit())
+            taken = size.relaxation(self._step, self._confirmation.ratio)
+            if taken < 1.0:
+                c = whole * taken
+                if size.momentum is not None and last is not None:
+                    c[last] = whole[last]
         with self._timed("apply"):
             alphas = c[: len(parts)].tolist()
-            momentum = 0.0 if basis.previous_index is None else float(c[basis.previous_index])
+            momentum = 0.0 if last is None else float(c[last])
             update = update_of(direction, parts, alphas, momentum, self._at)
             forget(self._members.members.keys() - update.keys(), self._at)
             factors = {self._at(name)[0]["lr"] for name in update}  # the groups' lr is a factor of the step
             due = self.damping_rule.due(self._step + 1)
-            predicted, length = None, None
+            predicted, length, self._promise = None, None, None
             if len(factors) == 1:
                 c = c * min(factors)
                 predicted, length = model.change(c), model.fisher_norm(c)
+                self._promise = Promise(float(model.linear @ whole) * min(factors), length**2, taken)
             elif due:  # groups that go unlike far leave the model's few directions
                 expansion, c = self._expand_update(update, loss, gradient)
                 predicted = expansion.model.change(c)
             add(update, parts, alphas, self._at)
         if not coarse:
-            seen = max(alphas[0], 0.0), float(model.damping[0, 0] / model.curvature[0, 0])
+            seen = max(float(whole[0]), 0.0), float(model.damping[0, 0] / model.curvature[0, 0])
             self._witness = self._witness.after(*seen) if self._witness else Witness(*seen)
         record: dict[str, Any] = {
             "alpha": sum(alphas) / len(alphas),
             "momentum": momentum,
+            "relaxation": taken,
             "predicted": predicted,
             "step_norm": length,
         }
@@ -270,6 +280,6 @@ class NaturalGradient(Plumbing):
     def _undo(self, loss: float, norm: float) -> None:
         """Takes the last step back, forgets what led to it, and trusts the model less."""
         take_back(self._members.members, self._at)
-        damping, self._witness = self.damping, None
+        damping, self._witness, self._promise = self.damping, None, None
         self.damping = self.damping_rule.update(self.damping_rule.update(damping, math.nan), math.nan)
         self._finish({"loss": loss, "damping": damping, "grad_norm": norm, "undone": True})

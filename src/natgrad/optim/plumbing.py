@@ -23,13 +23,14 @@ from natgrad.optim.watcher import Watcher
 from natgrad.steps import (
     AdaptiveStep,
     Alarm,
+    Confirmation,
     ConstantDamping,
     Damping,
     FixedStep,
+    Promise,
     StepSize,
     Witness,
     damping_from,
-    Witness,
     step_size_from,
 )
 from natgrad.steps.penalty import L2
@@ -82,6 +83,8 @@ class Plumbing(torch.optim.Optimizer):
         self._on_nonfinite = on_nonfinite
         self._step, self._skipped, self._batch = 0, 0, 0
         self._witness: Witness | None = None
+        self._promise: Promise | None = None
+        self._confirmation = Confirmation()
         self._alarm = Alarm()
         self._seconds: dict[str, float] = {}
         default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0

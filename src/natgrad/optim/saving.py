@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from natgrad.errors import StateError
 from natgrad.optim.info import StepInfo
-from natgrad.steps import Alarm, Witness
+from natgrad.steps import Alarm, Confirmation, Promise, Witness
 
 if TYPE_CHECKING:
     from natgrad.optim.plumbing import Plumbing
@@ -30,6 +30,8 @@ def save_state(optimizer: Plumbing, base: dict[str, Any]) -> dict[str, Any]:
         "skipped": optimizer._skipped,
         "damping": optimizer.damping,
         "witness": None if optimizer._witness is None else dataclasses.astuple(optimizer._witness),
+        "promise": None if optimizer._promise is None else dataclasses.astuple(optimizer._promise),
+        "confirmation": dataclasses.astuple(optimizer._confirmation),
         "alarm": (optimizer._alarm.mean, optimizer._alarm.deviation, optimizer._alarm.count),
         "undone": optimizer.info.undone,
         "generator": curvature.generator.get_state(),
@@ -77,6 +79,8 @@ def load_state(
     optimizer._step, optimizer._batch, optimizer._skipped = own["step"], own["batch"], own["skipped"]
     optimizer.damping = own["damping"]
     optimizer._witness = None if own["witness"] is None else Witness(*own["witness"])
+    optimizer._promise = None if own["promise"] is None else Promise(*own["promise"])
+    optimizer._confirmation = Confirmation(*own["confirmation"])
     optimizer._alarm = Alarm(*own["alarm"])
     optimizer.info = StepInfo(
         step=own["step"], damping=own["damping"], skipped=own["skipped"], undone=own["undone"]

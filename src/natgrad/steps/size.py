@@ -57,7 +57,7 @@ class FixedStep:
 class AdaptiveStep:
     """α and μ minimise the quadratic model with the exact Fisher information (Martens & Grosse 2015, §6.4 and §7).
 
-    Three things differ from that paper, each because a batch holds far fewer examples than a network has parameters:
+    Four things differ from that paper, each because a batch holds far fewer examples than a network has parameters:
 
     - Δ is made from an average of recent gradients, while the model's slope is the present batch's. An example that
       has just shaped Δ would otherwise both overstate the slope and, through its own outputs, the curvature along Δ.
@@ -65,6 +65,9 @@ class AdaptiveStep:
       layers act together, and a coarse space of one direction a layer corrects that (two-level preconditioning; for
       K-FAC see Tselepidis, Kohler & Orvieto 2020, arXiv 2011.00573). Later it would starve layers whose progress is
       slow but lasting, so it ends.
+    - A batch's minimiser fits the batch's noise too. What the next batch confirms of a step's slope is measured
+      (`Confirmation`), and only that part of a step is taken; but no less than √(calm/t), the slowest decay that
+      averages noise away (Robbins & Monro 1951), since what is best for one step is too short for many.
     - α may not outgrow its own running average at once: along a direction whose curvature a slice of the batch happens
       to miss, the model promises too much.
 
@@ -75,6 +78,7 @@ class AdaptiveStep:
         coarse: for how many steps layers have their own α.
         groups: at most so many groups of layers then.
         fraction: the part of each batch on which F's products are taken.
+        calm: from step `calm` on, the part of a step that is taken may fall as √(calm/t); None to take steps whole.
         growth: α is at most this multiple of its running average.
     """
 
@@ -82,8 +86,9 @@ class AdaptiveStep:
     averaging: float = 0.9  # β
     settle: int = 10
     coarse: int = 15
-    groups: int = 8
-    fraction: float = 0.15
+    groups: int = 5
+    fraction: float = 0.1
+    calm: int | None = 40
     growth: float = 1.3
 
     def __post_init__(self) -> None:
@@ -95,12 +100,25 @@ class AdaptiveStep:
             raise ConfigError(f"fraction={self.fraction} must lie in (0, 1]")
         if not self.growth >= 1:
             raise ConfigError(f"growth={self.growth} must be at least 1")
+        if self.calm is not None and self.calm < 1:
+            raise ConfigError(f"calm={self.calm} must be at least 1 step, or None")
         if self.groups < 1:
             raise ConfigError(f"groups={self.groups} must be at least 1")
 
     def keep(self, step: int) -> float:
         """β in this step: 0 until the loss has settled, then an equal-weighted mean that becomes an exponential one."""
         return 0.0 if step < self.settle else min(self.averaging, 1.0 - 1.0 / (step - self.settle + 1))
+
+    def relaxation(self, step: int, confirmed: float) -> float:
+        """The part of the model's minimiser that is taken: 1 without noise.
+
+        Args:
+            step: the present step, from 0.
+            confirmed: the part of a step's slope that the next batch confirms.
+        """
+        if self.calm is None or step < self.coarse:
+            return 1.0
+        return min(1.0, max(confirmed, math.sqrt(self.calm / (step + 1))))
 
     def coefficients(
         self, model: QuadraticModel, previous: int | None, usual: float | None, unit: float = 1.0
