@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natgrad import L2, AdaptiveStep, ConfigError, ConstantDamping, FixedStep, LevenbergMarquardt
-from natgrad.steps import Alarm, QuadraticModel, Witness, damping_from, step_size_from
+from natgrad.steps import Alarm, Confirmation, Promise, QuadraticModel, Witness, damping_from, step_size_from
 
 DTYPE = torch.float64
 
@@ -53,6 +53,28 @@ def test_a_witness_forgets() -> None:
         witness = witness.after(0.25, 0.5)
     assert witness.alpha == pytest.approx(0.25, rel=1e-3)
     assert witness.share == pytest.approx(0.5, rel=1e-3)
+
+
+def test_confirmation_finds_the_part_of_a_slope_that_is_no_noise() -> None:
+    # Along c the batch says slope −2 and curvature 2; of the slope −1.2 is true. Half of the step is taken, so that
+    # the next batch sees the slope ½·(−1.2) + ½²·2 along it.
+    seen = Confirmation().after(Promise(slope=-2.0, curvature=0.5, taken=0.5), slope=-0.6 + 0.5)
+    assert seen.ratio == pytest.approx(0.6)
+    for _ in range(100):  # and is right on average where single batches are not
+        seen = seen.after(Promise(-2.0, 0.5, 0.5), -0.1 + 0.4).after(Promise(-2.0, 0.5, 0.5), -0.1 - 0.4)
+    assert seen.ratio == pytest.approx(0.6, abs=0.05)
+    assert Confirmation().ratio == 1.0
+    assert Confirmation().after(Promise(1.0, 0.5, 0.5), 0.3) == Confirmation()  # uphill: it promised nothing
+
+
+def test_steps_are_taken_whole_until_noise_shows() -> None:
+    size = AdaptiveStep(coarse=15, calm=40)
+    assert size.relaxation(10, 0.1) == 1.0
+    assert size.relaxation(159, 1.0) == 1.0
+    assert size.relaxation(159, 0.8) == 0.8
+    assert size.relaxation(159, 0.1) == pytest.approx(0.5)
+    assert size.relaxation(159, -3.0) == pytest.approx(0.5)
+    assert AdaptiveStep(calm=None).relaxation(159, 0.1) == 1.0
 
 
 def test_it_measures_once_a_period() -> None:
@@ -166,6 +188,7 @@ def test_the_alarm_rings_for_what_no_batch_explains() -> None:
         lambda: AdaptiveStep(fraction=0.0),
         lambda: AdaptiveStep(fraction=1.5),
         lambda: AdaptiveStep(groups=0),
+        lambda: AdaptiveStep(calm=0),
         lambda: ConstantDamping(-1.0),
         lambda: ConstantDamping(math.nan),
         lambda: LevenbergMarquardt(decay=1.0),
