@@ -58,6 +58,8 @@ def main(path: str, initial: float, decay: float) -> None:
         initial_damping=initial,
         curvature_ema=decay,
         inverse_update_period=5,
+        num_burnin_steps=0,
+        min_damping=1e-6,
         multi_device=False,
     )
     key = jax.random.PRNGKey(0)
