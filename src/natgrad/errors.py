@@ -16,7 +16,8 @@ NatgradError
 └── RunError (OSError)                    a race folder that can't be read or written
 
 Each also derives from the built-in named beside it, so that ordinary `except` clauses work. A parameter that no
-rule covers is no error: it is announced once by `CoverageWarning`.
+rule covers is no error: it is announced once by `CoverageWarning`. Nor is an iteration that ended before it was as
+exact as asked: `ConvergenceWarning` says how far it came.
 """
 
 from __future__ import annotations
@@ -103,3 +104,7 @@ class UnknownNameError(NatgradError, ValueError):
 
 class CoverageWarning(UserWarning):
     """Some parameters are covered by no rule of the tape and take the declared fallback."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative solution is not as exact as it was asked to be."""

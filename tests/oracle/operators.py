@@ -14,11 +14,19 @@ from natgrad.operators import (
     BlockDiagonal,
     Dense,
     Diagonal,
+    EigenKronecker,
+    FactoredRows,
+    Gram,
+    Inverse,
     Kronecker,
     LinearOperator,
+    LowRank,
     ParameterSpace,
+    Restricted,
     ScaledIdentity,
 )
+from natgrad.operators.layerrows import BatchRows, LayerRows, Use
+from natgrad.operators.readings import Positions
 
 DTYPE = torch.float64
 
@@ -41,25 +49,32 @@ def positive_definite(n: int, source: torch.Generator, batch: tuple[int, ...] = 
     return root @ root.mT / n + 0.1 * torch.eye(n, dtype=DTYPE)
 
 
-def kronecker_block(
-    weight_shape: tuple[int, ...], bias: bool, A: Tensor, G: Tensor, groups: int = 1, transposed: bool = False
-) -> Tensor:
-    """The dense block in the order (weight by rows, then bias): G[o, o'] A[i, i'] within a group, 0 across groups."""
-    A, G = (A, G) if groups > 1 else (A[None], G[None])
-    outs = G.shape[-1]
-    places = []  # (group, row of G, row of A) of each coordinate
+def coordinates(
+    weight_shape: tuple[int, ...], bias: bool, outs: int, ins: int, groups: int, transposed: bool
+) -> list[tuple[int, int, int]]:
+    """(group, row of G, row of A) of each coordinate, in the order (weight by rows, then bias)."""
+    places = []
     for index in itertools.product(*map(range, weight_shape)):
         first, second, *rest = index
         tap, taps = 0, 1
         for position, size in zip(rest, weight_shape[2:], strict=True):
             tap, taps = tap * size + position, taps * size
         if transposed:
-            ins = weight_shape[0] // groups
-            places.append((first // ins, second, (first % ins) * taps + tap))
+            channels = weight_shape[0] // groups
+            places.append((first // channels, second, (first % channels) * taps + tap))
         else:
             places.append((first // outs, first % outs, second * taps + tap))
     if bias:
-        places += [(o // outs, o % outs, A.shape[-1] - 1) for o in range(groups * outs)]
+        places += [(o // outs, o % outs, ins - 1) for o in range(groups * outs)]
+    return places
+
+
+def kronecker_block(
+    weight_shape: tuple[int, ...], bias: bool, A: Tensor, G: Tensor, groups: int = 1, transposed: bool = False
+) -> Tensor:
+    """The dense block in the order of `coordinates`: G[o, o'] A[i, i'] within a group, 0 across groups."""
+    A, G = (A, G) if groups > 1 else (A[None], G[None])
+    places = coordinates(weight_shape, bias, G.shape[-1], A.shape[-1], groups, transposed)
     dense = torch.zeros(len(places), len(places), dtype=A.dtype)
     for x, (g, o, i) in enumerate(places):
         for y, (h, p, j) in enumerate(places):
@@ -137,6 +152,33 @@ def _kronecker(
     return Case(operator, kronecker_block(weight, bias, A, G, groups, transposed))
 
 
+def _eigen(seed: int, weight: tuple[int, ...], bias: bool, groups: int = 1, transposed: bool = False) -> Case:
+    """Free eigenvalues on the eigenvectors of random factors: Q diag(S) Qᵀ with Q = U_A ⊗ U_G, entry by entry."""
+    like = _kronecker(seed, weight, bias, groups, transposed).operator
+    assert isinstance(like, Kronecker)
+    U_A, U_G = torch.linalg.eigh(like.A)[1], torch.linalg.eigh(like.G)[1]
+    batch = (groups,) if groups > 1 else ()
+    shape = (*batch, U_G.shape[-1], U_A.shape[-1])
+    S = torch.rand(shape, dtype=DTYPE, generator=generator(seed + 5)) + 0.1
+    Q = kronecker_block(weight, bias, U_A, U_G, groups, transposed)
+    places = coordinates(weight, bias, shape[-2], shape[-1], groups, transposed)
+    of_groups = S if groups > 1 else S[None]
+    total = Q @ torch.stack([of_groups[place] for place in places]).diag() @ Q.T
+    return Case(EigenKronecker(like.space, U_A, U_G, S, transposed), total)
+
+
+def eigen(seed: int, m: int, n: int) -> Case:
+    return _eigen(seed, (m, n), bias=True)
+
+
+def eigen_transposed(seed: int, m: int, n: int) -> Case:
+    return _eigen(seed, (n, m), bias=False, transposed=True)
+
+
+def eigen_grouped_convolution(seed: int, m: int, n: int) -> Case:
+    return _eigen(seed, (2 * m, n, 2), bias=seed % 2 == 0, groups=2)
+
+
 def linear(seed: int, m: int, n: int) -> Case:
     return _kronecker(seed, (m, n), bias=False)
 
@@ -198,6 +240,96 @@ def total_of_blocks(seed: int, m: int, n: int) -> Case:
     return Case(0.5 * left.operator + right.operator, 0.5 * left.dense + right.dense)
 
 
+def inverse_of_dense(seed: int, m: int, n: int) -> Case:
+    case = dense(seed, m, n)
+    matrix = case.dense + 0.2 * torch.eye(len(case.dense), dtype=DTYPE)
+    return Case(Inverse(case.operator, 0.2), torch.linalg.inv(matrix))
+
+
+def submatrix(case: Case, names: tuple[str, ...]) -> Tensor:
+    """The entries of some parameters, coordinate by coordinate, in the order of the names."""
+    places, start = {}, 0
+    for name, shape in case.operator.space.entries:
+        places[name] = range(start, start + math.prod(shape))
+        start += math.prod(shape)
+    chosen = [place for name in names for place in places[name]]
+    return torch.stack([torch.stack([case.dense[x, y] for y in chosen]) for x in chosen])
+
+
+def restricted_to_the_larger_part(seed: int, m: int, n: int) -> Case:
+    case = eigen(seed, m, n + 1)
+    return Case(Restricted(case.operator, ("fc.weight",)), submatrix(case, ("fc.weight",)))
+
+
+def restricted_to_the_smaller_part(seed: int, m: int, n: int) -> Case:
+    case, names = dense(seed, m, n), ("temperature", "layer.bias")
+    return Case(Restricted(case.operator, names), submatrix(case, names))
+
+
+def layer_rows(
+    inputs: Tensor, signals: Tensor, explicit: Tensor, biased: bool = True
+) -> tuple[FactoredRows, Tensor]:
+    """Rows of a linear map with positions and of a scalar beside it, and J entry by entry.
+
+    Args:
+        inputs: a[n, s, i].
+        signals: g[c, n, s, o].
+        explicit: the scalar's rows [c, n].
+        biased: whether the bias was added.
+    """
+    columns, examples, positions, outs = signals.shape
+    ins = inputs.shape[2]
+    laid_out = signals.permute(1, 2, 0, 3).contiguous().permute(0, 2, 3, 1)  # as the tape does
+    use = Use(Positions(inputs), laid_out[:, :, None], biased)
+    layer = LayerRows("layer.weight", "layer.bias", (use,))
+    space = ParameterSpace({"layer.weight": (outs, ins), "layer.bias": (outs,), "temperature": ()})
+    J = []
+    for c, n in itertools.product(range(columns), range(examples)):
+        row = torch.zeros(outs * ins + outs + 1, dtype=inputs.dtype)
+        for s, o in itertools.product(range(positions), range(outs)):
+            for i in range(ins):
+                row[o * ins + i] += signals[c, n, s, o] * inputs[n, s, i]
+            row[outs * ins + o] += signals[c, n, s, o] * biased
+        row[-1] = explicit[c, n]
+        J.append(row)
+    batch = BatchRows(columns, examples, (layer,), {"temperature": explicit})
+    return FactoredRows(space, (batch,)), torch.stack(J)
+
+
+def random_rows(
+    seed: int, m: int, n: int, examples: int, columns: int = 2, positions: int = 2
+) -> tuple[FactoredRows, Tensor]:
+    """`layer_rows` of random numbers, scaled so that JᵀJ is about one."""
+    source = generator(seed)
+    sizes = ((examples, positions, n), (columns, examples, positions, m), (columns, examples))
+    rows, J = layer_rows(*(torch.randn(size, dtype=DTYPE, generator=source) for size in sizes))
+    factor = (columns * examples) ** -0.5
+    return rows.scaled(factor), factor * J
+
+
+def gram_of_many_rows(seed: int, m: int, n: int) -> Case:
+    """Regular: there are four times as many rows as parameters."""
+    rows, J = random_rows(seed, m, n, 2 * (m * n + m + 1))
+    return Case(Gram(rows), J.T @ J)
+
+
+def gram_damped(seed: int, m: int, n: int) -> Case:
+    """Fewer rows than parameters, through the Gram matrix."""
+    rows, J = random_rows(seed, m, n, 1, columns=1 + (m * n > 1))
+    return Case(Gram(rows).damped(0.3), J.T @ J + 0.3 * torch.eye(J.shape[1], dtype=DTYPE))
+
+
+def low_rank(seed: int, m: int, n: int) -> Case:
+    space, source = _mixed(m, n), generator(seed)
+    k = 1 + seed % space.numel
+    U = torch.linalg.qr(torch.randn(space.numel, k, dtype=DTYPE, generator=source)).Q
+    values, rest = torch.rand(k, dtype=DTYPE, generator=source) + 0.5, 0.3
+    total = rest * torch.eye(space.numel, dtype=DTYPE)
+    for u, value in zip(U.T, values):
+        total += (value - rest) * u[:, None] * u
+    return Case(LowRank(space, U.T.contiguous(), values, rest), total)
+
+
 CASES: dict[str, Callable[[int, int, int], Case]] = {
     f.__name__: f
     for f in (
@@ -210,9 +342,18 @@ CASES: dict[str, Callable[[int, int, int], Case]] = {
         convolution,
         grouped_convolution,
         grouped_transposed_convolution,
+        eigen,
+        eigen_transposed,
+        eigen_grouped_convolution,
         blocks,
         damped,
         total,
         total_of_blocks,
+        inverse_of_dense,
+        restricted_to_the_larger_part,
+        restricted_to_the_smaller_part,
+        gram_of_many_rows,
+        gram_damped,
+        low_rank,
     )
 }

@@ -9,8 +9,10 @@ from natgrad.linalg.factorise import (
 )
 from natgrad.linalg.gram import accumulate_gram, symmetric_gram
 from natgrad.linalg.kronecker import join, kronecker_dense, kronecker_matmul, split
+from natgrad.linalg.stochastic import Estimated
 
 __all__ = [
+    "Estimated",
     "Stage",
     "accumulate_gram",
     "cholesky",

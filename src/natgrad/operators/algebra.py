@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from natgrad.errors import ConfigError
-from natgrad.operators.base import LinearOperator, Rows, check_scalar
+from natgrad.linalg.stochastic import Estimated
+from natgrad.operators.base import LinearOperator
 from natgrad.operators.blocks import BlockDiagonal
+from natgrad.operators.checks import check_scalar
 from natgrad.operators.dense import Dense
 from natgrad.operators.diagonal import Diagonal
+from natgrad.operators.hooks import Rows
 from natgrad.operators.identity import ScaledIdentity
+from natgrad.operators.saving import describe_parts, rebuild_parts
+from natgrad.operators.space import ParameterSpace
 
 
 @final
@@ -54,6 +59,14 @@ class Damped(LinearOperator):
     def _solve(self, rows: Rows, damping: float) -> Rows:
         return self.operator._solve(rows, self.damping + damping)
 
+    def _pinv_solve(self, rows: Rows, rtol: float | None) -> Rows:
+        if self.damping and rtol is None:
+            return self.operator._solve(rows, self.damping)
+        return super()._pinv_solve(rows, rtol) if self.damping else self.operator._pinv_solve(rows, rtol)
+
+    def _sqrt_matmul(self, rows: Rows, damping: float) -> Rows:
+        return self.operator._sqrt_matmul(rows, self.damping + damping)
+
     def _dense(self) -> Tensor:
         dense = self.operator._dense().clone()
         dense.diagonal().add_(self.damping)
@@ -73,6 +86,35 @@ class Damped(LinearOperator):
 
     def _scaled(self, scale: float) -> LinearOperator:
         return Damped(self.operator._scaled(scale), scale * self.damping)
+
+    def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
+        return Damped(self.operator._restricted(names), self.damping)
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        return Damped(self.operator._to(dtype, device), self.damping)
+
+    def _trace(self) -> Tensor:
+        return self.operator._trace() + self.damping * self.space.numel
+
+    def _trace_estimate(self, probes: int, generator: torch.Generator | None) -> Estimated:
+        value, error = self.operator._trace_estimate(probes, generator)
+        return Estimated(value + self.damping * self.space.numel, error)
+
+    def _logdet_estimate(self, damping: float, probes: int, generator: torch.Generator | None) -> Estimated:
+        return self.operator._logdet_estimate(self.damping + damping, probes, generator)
+
+    def _diagonal_estimate(self, probes: int, generator: torch.Generator | None) -> Estimated:
+        value, error = self.operator._diagonal_estimate(probes, generator)
+        return Estimated(value + self.damping, error)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, parts = describe_parts([self.operator])
+        return tensors, {"parts": parts, "damping": self.damping}
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Damped:
+        (operator,) = rebuild_parts(tensors, meta["parts"])
+        return cls(operator, meta["damping"])
 
 
 @final
@@ -112,6 +154,12 @@ class Sum(LinearOperator):
     def _solve(self, rows: Rows, damping: float) -> Rows:
         return self._whole._solve(rows, damping)
 
+    def _pinv_solve(self, rows: Rows, rtol: float | None) -> Rows:
+        return self._whole._pinv_solve(rows, rtol)
+
+    def _sqrt_matmul(self, rows: Rows, damping: float) -> Rows:
+        return self._whole._sqrt_matmul(rows, damping)
+
     def _dense(self) -> Tensor:
         return self._whole.matrix
 
@@ -130,6 +178,38 @@ class Sum(LinearOperator):
 
     def _scaled(self, scale: float) -> LinearOperator:
         return Sum(self.left._scaled(scale), self.right._scaled(scale))
+
+    def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
+        return add(self.left._restricted(names), self.right._restricted(names))
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        return Sum(self.left._to(dtype, device), self.right._to(dtype, device))
+
+    def _trace(self) -> Tensor:
+        return self.left._trace() + self.right._trace()
+
+    def _trace_estimate(self, probes: int, generator: torch.Generator | None) -> Estimated:
+        return _plus(
+            self.left._trace_estimate(probes, generator), self.right._trace_estimate(probes, generator)
+        )
+
+    def _diagonal_estimate(self, probes: int, generator: torch.Generator | None) -> Estimated:
+        return _plus(
+            self.left._diagonal_estimate(probes, generator), self.right._diagonal_estimate(probes, generator)
+        )
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, parts = describe_parts([self.left, self.right])
+        return tensors, {"parts": parts}
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Sum:
+        return cls(*rebuild_parts(tensors, meta["parts"]))
+
+
+def _plus(left: Estimated, right: Estimated) -> Estimated:
+    """The sum of two independent estimates."""
+    return Estimated(left.value + right.value, torch.hypot(left.standard_error, right.standard_error))
 
 
 def damp(operator: LinearOperator, damping: float) -> LinearOperator:

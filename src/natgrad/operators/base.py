@@ -1,31 +1,33 @@
 """What an operator is: a symmetric positive semi-definite matrix on parameter space.
 
-Every concrete method is final and stands here; a representation defines the hooks at the end of the class. Hooks see
-one form of vector only: named tensors with a leading axis that counts vectors, [K, *shape].
+Every concrete method is final and stands here, or with the metric in `riemannian`; what a representation defines are
+the hooks of `hooks.Representation`.
 """
 
 from __future__ import annotations
 
-import abc
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, TypeVar, final
+import os
+from collections.abc import Iterable
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.errors import ConfigError, NotPositiveDefiniteError, VectorError
-from natgrad.operators.space import ParameterSpace
+from natgrad.errors import ConfigError, VectorError
+from natgrad.linalg.stochastic import Estimated
+from natgrad.operators.checks import check_scalar as check_scalar
+from natgrad.operators.checks import pseudo_inverse as pseudo_inverse
+from natgrad.operators.checks import require_definite as require_definite
+from natgrad.operators.checks import standard_normal as standard_normal
+from natgrad.operators.hooks import Rows as Rows
+from natgrad.operators.riemannian import RiemannianMetric, Vector
 
-Rows: TypeAlias = dict[str, Tensor]
-"""K vectors: each parameter's tensor as [K, *shape]."""
-
-Vector = TypeVar("Vector", Tensor, Mapping[str, Tensor])
-"""A flat vector [P], K of them as columns [P, K], or a mapping of named tensors: what comes in goes out."""
+# How many random vectors an estimate takes if it isn't told.
+PROBES = 64
 
 
-class LinearOperator(abc.ABC):
+class LinearOperator(RiemannianMetric):
     """A symmetric positive semi-definite matrix A of shape [P, P] on a parameter space, in some representation.
 
     Vectors are flat [P], or K at once as columns [P, K], or mappings of named tensors; an operation returns the kind
@@ -35,14 +37,16 @@ class LinearOperator(abc.ABC):
         space: the parameter space.
     """
 
-    space: ParameterSpace
-
     @property
     def shape(self) -> torch.Size:
         """[P, P]."""
         return torch.Size((self.space.numel, self.space.numel))
 
-    # ------------------------------------------------------------------------------------------- algebra
+    def __repr__(self) -> str:
+        size, where = self.space.numel, f"{self.dtype}, {self.device}".removeprefix("torch.")
+        return f"{type(self).__name__}({size} × {size}, {where}, {self.space.label})"
+
+    # -------------------------------------------------------------------------- products and their inverses
 
     @final
     def __matmul__(self, v: Vector) -> Vector:
@@ -65,11 +69,47 @@ class LinearOperator(abc.ABC):
         Raises:
             VectorError: b does not lie in the space, or has another dtype or device.
             ConfigError: λ is negative or not finite.
-            NotPositiveDefiniteError: A is singular and λ is 0.
+            NotPositiveDefiniteError: A is singular and λ is 0; `pinv_solve` has an answer there.
         """
         check_scalar("damping", damping)
         rows, restore = self._rows(b)
         return restore(self._solve(rows, float(damping)))
+
+    @final
+    def pinv_solve(self, b: Vector, rtol: float | None = None) -> Vector:
+        """A⁺ b: of all x that bring A x as near to b as can be, the shortest.
+
+        Args:
+            b: the right-hand side.
+            rtol: eigenvalues up to this times the largest are taken for zero. A block-diagonal operator does so block
+                by block. None for the rounding of the representation: those for which `solve` would raise.
+
+        Raises:
+            VectorError: b does not lie in the space, or has another dtype or device.
+            ConfigError: rtol is negative or not finite.
+        """
+        if rtol is not None:
+            check_scalar("rtol", rtol)
+        rows, restore = self._rows(b)
+        return restore(self._pinv_solve(rows, None if rtol is None else float(rtol)))
+
+    @final
+    def sqrt_matmul(self, v: Vector, damping: float = 0.0) -> Vector:
+        """The product (A + λI)^½ v with the symmetric root; twice, it is that with A + λI.
+
+        Args:
+            v: a vector of any kind.
+            damping: λ ≥ 0.
+
+        Raises:
+            VectorError: v does not lie in the space, or has another dtype or device.
+            ConfigError: λ is negative or not finite.
+        """
+        check_scalar("damping", damping)
+        rows, restore = self._rows(v)
+        return restore(self._sqrt_matmul(rows, float(damping)))
+
+    # ------------------------------------------------------------------------------------ other operators
 
     @final
     def damped(self, damping: float) -> LinearOperator:
@@ -81,6 +121,22 @@ class LinearOperator(abc.ABC):
         from natgrad.operators import algebra
 
         return algebra.damp(self, damping)
+
+    @final
+    def inv(self, damping: float = 0.0) -> LinearOperator:
+        """The operator (A + λI)⁻¹: the covariance, where A is a precision. Its product is A's solution.
+
+        Args:
+            damping: λ ≥ 0.
+
+        Raises:
+            ConfigError: λ is negative or not finite.
+            NotPositiveDefiniteError: A is singular and λ is 0. It may come with the first question only.
+        """
+        from natgrad.operators import inverse
+
+        check_scalar("damping", damping)
+        return inverse.invert(self, float(damping))
 
     @final
     def __add__(self, other: LinearOperator) -> LinearOperator:
@@ -108,11 +164,65 @@ class LinearOperator(abc.ABC):
         """The operator c A."""
         return self * scale
 
+    @final
+    def restrict(self, names: str | Iterable[str]) -> LinearOperator:
+        """The principal submatrix of some parameters: F with all others held where they are.
+
+        Args:
+            names: which, in the order of the new space.
+
+        Raises:
+            VectorError: a name that is not in the space, or stands twice.
+            ConfigError: there is no name.
+        """
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if not names:
+            raise ConfigError("restrict() needs at least one name of a parameter")
+        space = self.space.restrict(names)
+        if len(space.names) < len(names):
+            twice = sorted({repr(name) for name in names if names.count(name) > 1})
+            raise VectorError(f"{', '.join(twice)} stands twice among the names to restrict to")
+        return self if space == self.space else self._restricted(names)
+
+    @final
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LinearOperator:
+        """The same operator on another device, or in another dtype.
+
+        Args:
+            device: where to; None for where it is.
+            dtype: of floating point; None for its own.
+
+        Raises:
+            ConfigError: the dtype is none of floating point.
+        """
+        there, kind = torch.device(device or self.device), dtype or self.dtype
+        if not kind.is_floating_point:
+            raise ConfigError(f"an operator has a dtype of floating point, not {kind}")
+        return self if (there, kind) == (self.device, self.dtype) else self._to(kind, there)
+
+    @final
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the operator to one safetensors file; `natgrad.load_operator` reads it.
+
+        Raises:
+            ConfigError: safetensors is not installed; or the operator is known by its products alone.
+            OSError: the file can't be written.
+        """
+        from natgrad.operators import saving
+
+        saving.save_operator(self, path)
+
     # ----------------------------------------------------------------------------------- the matrix itself
 
     @final
     def to_dense(self) -> Float[Tensor, "P P"]:
-        """The matrix, in the order of flat vectors."""
+        """The matrix, in the order of flat vectors.
+
+        Raises:
+            ConfigError: it would not fit in memory.
+        """
         return self._dense()
 
     @final
@@ -123,7 +233,7 @@ class LinearOperator(abc.ABC):
     @final
     def trace(self) -> Float[Tensor, ""]:
         """The trace of A."""
-        return torch.stack([d.sum() for d in self._diagonal().values()]).sum()
+        return self._trace()
 
     @final
     def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
@@ -177,186 +287,56 @@ class LinearOperator(abc.ABC):
             raise ConfigError(f"n is {n}; the number of samples can't be negative")
         return self.space.flatten_rows(self._sample(n, float(damping), generator))
 
-    # ------------------------------------------------------------------------- the metric that A defines
+    # --------------------------------------------- estimates: with a standard error, where chance has a part
 
     @final
-    def inner(
-        self, u: Tensor | Mapping[str, Tensor], v: Tensor | Mapping[str, Tensor]
-    ) -> Float[Tensor, "*K"]:
-        """The inner product uᵀ A v; of blocks [P, K], column by column.
+    def trace_estimate(self, probes: int = PROBES, generator: torch.Generator | None = None) -> Estimated:
+        """The trace of A, and its standard error: 0 where the representation has it exactly.
 
         Args:
-            u: a vector of any kind.
-            v: a vector of any kind.
+            probes: how many random vectors an estimate takes.
+            generator: the source of chance, on the operator's device.
 
         Raises:
-            VectorError: as `@`, or the numbers of columns differ.
+            ConfigError: too few probes.
         """
-        left, _ = self._rows(u)
-        right, _ = self._rows(v)
-        single = all(isinstance(w, Mapping) or w.ndim == 1 for w in (u, v))
-        counts = {t.shape[0] for rows in (left, right) for t in rows.values()}
-        if len(counts) > 1 and 1 not in counts:
-            raise VectorError(f"u and v have different numbers of columns: {sorted(counts)}")
-        product = _dot(left, self._matmul(right))
-        return product[0] if single else product
+        _check_probes(probes)
+        return self._trace_estimate(probes, generator)
 
     @final
-    def norm(self, v: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "*K"]:
-        """The length √(vᵀ A v); of a block [P, K], column by column.
+    def logdet_estimate(
+        self, damping: float = 0.0, probes: int = PROBES, generator: torch.Generator | None = None
+    ) -> Estimated:
+        """log det(A + λI) in nats, and its standard error: 0 where the representation has it exactly.
 
-        With F the Fisher information, half its square is KL(p_θ ‖ p_{θ+v}) in nats, to second order.
+        Args:
+            damping: λ ≥ 0.
+            probes: how many random vectors an estimate takes.
+            generator: the source of chance, on the operator's device.
 
         Raises:
-            VectorError: as `@`.
+            ConfigError: λ is negative or not finite, or too few probes.
+            NotPositiveDefiniteError: A is singular and λ is 0.
         """
-        return self.inner(v, v).clamp_min(0).sqrt()
+        check_scalar("damping", damping)
+        _check_probes(probes)
+        return self._logdet_estimate(float(damping), probes, generator)
 
     @final
-    def angle(
-        self, u: Tensor | Mapping[str, Tensor], v: Tensor | Mapping[str, Tensor]
-    ) -> Float[Tensor, "*K"]:
-        """The angle between u and v in radians, from 0 to π; of blocks [P, K], column by column.
+    def diagonal_estimate(self, probes: int = PROBES, generator: torch.Generator | None = None) -> Estimated:
+        """The diagonal of A, flat, and a standard error for each entry: 0 where the representation has it exactly.
 
-        From the sum and the difference of the unit vectors (Kahan 2006, "How futile are mindless assessments of
-        roundoff", §12), which unlike the arc cosine loses no digits near 0 and π.
+        Args:
+            probes: how many random vectors an estimate takes.
+            generator: the source of chance, on the operator's device.
 
         Raises:
-            VectorError: as `inner`, or a vector has length zero in this metric.
+            ConfigError: too few probes.
         """
-        lengths = self.norm(u), self.norm(v)
-        if any(bool((length == 0).any()) for length in lengths):
-            raise VectorError("a vector of length zero in this metric has no angle")
-        units = []
-        for w, length in zip((u, v), lengths, strict=True):
-            rows, _ = self._rows(w)
-            units.append({n: t / length.view(-1, *[1] * (t.ndim - 1)) for n, t in rows.items()})
-        difference = {n: a - units[1][n] for n, a in units[0].items()}
-        total = {n: a + units[1][n] for n, a in units[0].items()}
-        apart, along = (_dot(w, self._matmul(w)).clamp_min(0).sqrt() for w in (difference, total))
-        angle = 2 * torch.atan2(apart, along)
-        return angle[0] if lengths[0].ndim == lengths[1].ndim == 0 else angle
-
-    # ------------------------------------------------------------------------------------------ plumbing
-
-    def __repr__(self) -> str:
-        size, where = self.space.numel, f"{self.dtype}, {self.device}".removeprefix("torch.")
-        return f"{type(self).__name__}({size} × {size}, {where}, {self.space.label})"
-
-    def _rows(self, v: Tensor | Mapping[str, Tensor]) -> tuple[Rows, Callable[[Rows], Any]]:
-        """The vectors in the form that hooks take, and the way back to the kind that was given."""
-        space = self.space
-        if isinstance(v, Tensor):
-            if v.ndim not in (1, 2):
-                raise VectorError(
-                    f"a vector is flat [P], a block [P, K] or a mapping; this has {v.ndim} axes"
-                )
-            self._check_kind("the vector", v)
-            if v.ndim == 1:
-                return space.unflatten_rows(v[None]), lambda rows: space.flatten_rows(rows)[0]
-            return space.unflatten_rows(v.mT), lambda rows: space.flatten_rows(rows).mT
-        space.check(v)
-        for name in space.names:
-            self._check_kind(repr(name), v[name])
-        rows = {name: v[name][None] for name in space.names}
-        return rows, lambda rows: {name: rows[name][0] for name in space.names}
-
-    def _check_kind(self, what: str, tensor: Tensor) -> None:
-        if tensor.dtype != self.dtype or tensor.device != self.device:
-            raise VectorError(
-                f"{what} is {tensor.dtype} on {tensor.device}, the operator {self.dtype} on {self.device}; "
-                "convert one of them with .to()"
-            )
-
-    # --------------------------------------------------------------- hooks: what a representation defines
-
-    @property
-    @abc.abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The dtype of the matrix, and of the vectors that it takes."""
-
-    @property
-    @abc.abstractmethod
-    def device(self) -> torch.device:
-        """The device of the matrix, and of the vectors that it takes."""
-
-    @abc.abstractmethod
-    def _matmul(self, rows: Rows) -> Rows:
-        """A v for each of K vectors."""
-
-    @abc.abstractmethod
-    def _solve(self, rows: Rows, damping: float) -> Rows:
-        """(A + λI)⁻¹ b for each of K vectors."""
-
-    @abc.abstractmethod
-    def _dense(self) -> Tensor:
-        """[P, P], in the order of flat vectors."""
-
-    @abc.abstractmethod
-    def _diagonal(self) -> dict[str, Tensor]:
-        """The diagonal, each parameter's part in its shape."""
-
-    @abc.abstractmethod
-    def _logdet(self, damping: float) -> Tensor:
-        """log det(A + λI)."""
-
-    @abc.abstractmethod
-    def _eigenvalues(self, k: int) -> Tensor:
-        """The k largest eigenvalues, or more, in any order."""
-
-    @abc.abstractmethod
-    def _sample(self, n: int, damping: float, generator: torch.Generator | None) -> Rows:
-        """n draws from N(0, (A + λI)⁻¹)."""
-
-    @abc.abstractmethod
-    def _scaled(self, scale: float) -> LinearOperator:
-        """The operator c A in the same representation."""
+        _check_probes(probes)
+        return self._diagonal_estimate(probes, generator)
 
 
-def _dot(u: Rows, v: Rows) -> Tensor:
-    """Σ uᵢ vᵢ for each of K pairs of vectors."""
-    products = [u[name] * v[name] for name in u]
-    return torch.stack([p.flatten(1).sum(1) if p.ndim > 1 else p for p in products]).sum(0)
-
-
-def check_scalar(what: str, value: float) -> None:
-    """Sees that a damping or a scale keeps an operator positive semi-definite.
-
-    Raises:
-        ConfigError: the value is negative or not finite.
-    """
-    if not (math.isfinite(value) and value >= 0):
-        raise ConfigError(f"{what} is {value}; it must be finite and not negative")
-
-
-def require_definite(
-    least: float, largest: float, size: int, dtype: torch.dtype, *, layer: str, factor: str
-) -> None:
-    """Sees that an undamped matrix can be inverted: that its least eigenvalue stands out from rounding.
-
-    Args:
-        least: its least eigenvalue, or an estimate.
-        largest: its largest eigenvalue, or an estimate.
-        size: its number of rows n; rounding is taken to be n ε times the largest eigenvalue.
-        dtype: what it was computed in.
-        layer: the layer (or block) that the message names.
-        factor: the factor of it that the message names.
-
-    Raises:
-        NotPositiveDefiniteError: it can't.
-    """
-    if least <= size * torch.finfo(dtype).eps * largest:
-        raise NotPositiveDefiniteError(
-            layer, factor, least, advice="it is singular to working precision: pass damping > 0"
-        )
-
-
-def standard_normal(
-    n: int,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator | None,
-) -> Float[Tensor, "n ..."]:
-    """n draws of independent standard normal numbers, [n, *shape]."""
-    return torch.randn((n, *shape), dtype=dtype, device=device, generator=generator)
+def _check_probes(probes: int) -> None:
+    if probes < 1:
+        raise ConfigError(f"probes={probes}: an estimate takes at least one random vector")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.errors import ConfigError
+from natgrad.errors import ConfigError, NotPositiveDefiniteError
 from natgrad.linalg import Stage, cholesky, eigendecomposition
-from natgrad.operators.base import LinearOperator, Rows, require_definite, standard_normal
+from natgrad.operators.base import LinearOperator
+from natgrad.operators.checks import pseudo_inverse, require_definite, standard_normal
+from natgrad.operators.hooks import Rows
 from natgrad.operators.space import ParameterSpace
 
 
@@ -24,7 +26,7 @@ class Dense(LinearOperator):
     Attributes:
         space: the parameter space.
         matrix: symmetric positive semi-definite up to rounding. Not to be changed afterwards: its last Cholesky factor
-            and its eigenvalues are kept.
+            and its eigendecomposition are kept.
 
     Raises:
         ConfigError: the matrix is not [P, P].
@@ -60,7 +62,12 @@ class Dense(LinearOperator):
             NonFiniteError: A has an infinite or undefined entry.
         """
         if damping not in self._factors:
-            lower, stage = cholesky(self.matrix, damping, layer=self.space.label, factor="F")
+            try:
+                lower, stage = cholesky(self.matrix, damping, layer=self.space.label, factor="F")
+            except NotPositiveDefiniteError as error:
+                if damping == error.least_eigenvalue == 0:  # a matrix of zeros: singular, and no worse
+                    require_definite(0.0, 0.0, 0, self.dtype, layer=self.space.label, factor="F")
+                raise
             if damping == 0:
                 self._require_regular(lower, stage)
             self._factors.clear()
@@ -73,12 +80,18 @@ class Dense(LinearOperator):
         size, precision = self.space.numel, torch.finfo(self.dtype).eps
         pivot = lower.diagonal().square().min()
         if stage is not Stage.CHOLESKY or pivot < 100 * size * precision * self.matrix.norm(dim=0).max():
-            least, largest = float(self._spectrum[0]), float(self._spectrum[-1])
+            values, _ = self._eigen
+            least, largest = float(values[0]), float(values[-1])
             require_definite(least, largest, size, self.dtype, layer=self.space.label, factor="F")
 
     @functools.cached_property
-    def _spectrum(self) -> Tensor:
-        return eigendecomposition(self.matrix, layer=self.space.label, factor="F")[0]
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        return eigendecomposition(self.matrix, layer=self.space.label, factor="F")
+
+    def _with_eigenvalues(self, rows: Rows, values: Tensor) -> Rows:
+        """Q diag(values) Qᵀ v for each of K vectors, with A's eigenvectors Q."""
+        vectors = self._eigen[1]
+        return self.space.unflatten_rows((self.space.flatten_rows(rows) @ vectors).mul_(values) @ vectors.mT)
 
     def _matmul(self, rows: Rows) -> Rows:
         return self.space.unflatten_rows(self.space.flatten_rows(rows) @ self.matrix)
@@ -86,6 +99,12 @@ class Dense(LinearOperator):
     def _solve(self, rows: Rows, damping: float) -> Rows:
         columns = self.space.flatten_rows(rows).mT
         return self.space.unflatten_rows(torch.cholesky_solve(columns, self.cholesky(damping)[0]).mT)
+
+    def _pinv_solve(self, rows: Rows, rtol: float | None) -> Rows:
+        return self._with_eigenvalues(rows, pseudo_inverse(self._eigen[0], rtol, self.space.numel))
+
+    def _sqrt_matmul(self, rows: Rows, damping: float) -> Rows:
+        return self._with_eigenvalues(rows, (self._eigen[0] + damping).sqrt())
 
     def _dense(self) -> Tensor:
         return self.matrix
@@ -97,7 +116,7 @@ class Dense(LinearOperator):
         return 2 * self.cholesky(damping)[0].diagonal().log().sum()
 
     def _eigenvalues(self, k: int) -> Tensor:
-        return self._spectrum
+        return self._eigen[0]
 
     def _sample(self, n: int, damping: float, generator: torch.Generator | None) -> Rows:
         # Cov(L⁻ᵀ z) = L⁻ᵀ L⁻¹ = (L Lᵀ)⁻¹.
@@ -107,3 +126,18 @@ class Dense(LinearOperator):
 
     def _scaled(self, scale: float) -> LinearOperator:
         return Dense(self.space, scale * self.matrix)
+
+    def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
+        chosen = torch.cat([torch.arange(self.space.numel)[self.space.slices[name]] for name in names])
+        chosen = chosen.to(self.device)
+        return Dense(self.space.restrict(names), self.matrix[chosen[:, None], chosen])
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        return Dense(self.space, self.matrix.to(device, dtype))
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"matrix": self.matrix}, {}
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Dense:
+        return cls(space, tensors["matrix"])

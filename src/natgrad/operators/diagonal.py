@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from natgrad.operators.base import LinearOperator, Rows, require_definite, standard_normal
+from natgrad.operators.base import LinearOperator
+from natgrad.operators.checks import check_room, pseudo_inverse, require_definite, standard_normal
+from natgrad.operators.hooks import Rows
 from natgrad.operators.space import ParameterSpace
 
 
@@ -57,10 +59,18 @@ class Diagonal(LinearOperator):
         total = self._definite(damping)
         return {name: b / total[name] for name, b in rows.items()}
 
+    def _pinv_solve(self, rows: Rows, rtol: float | None) -> Rows:
+        inverse = self.space.unflatten(pseudo_inverse(self._flat(), rtol or 0.0, 0))
+        return {name: b * inverse[name] for name, b in rows.items()}
+
+    def _sqrt_matmul(self, rows: Rows, damping: float) -> Rows:
+        return {name: (self.values[name] + damping).sqrt() * v for name, v in rows.items()}
+
     def _flat(self) -> Tensor:
         return torch.cat([self.values[name].reshape(-1) for name in self.space.names])
 
     def _dense(self) -> Tensor:
+        check_room(self.space, self.dtype)
         return torch.diag(self._flat())
 
     def _diagonal(self) -> dict[str, Tensor]:
@@ -80,3 +90,16 @@ class Diagonal(LinearOperator):
 
     def _scaled(self, scale: float) -> LinearOperator:
         return Diagonal(self.space, {name: scale * d for name, d in self._diagonal().items()})
+
+    def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
+        return Diagonal(self.space.restrict(names), {name: self.values[name] for name in names})
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        return Diagonal(self.space, {name: d.to(device, dtype) for name, d in self._diagonal().items()})
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self._diagonal(), {}
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Diagonal:
+        return cls(space, tensors)

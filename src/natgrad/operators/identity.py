@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from natgrad.operators.base import LinearOperator, Rows, check_scalar, require_definite, standard_normal
+from natgrad.operators.base import LinearOperator
+from natgrad.operators.checks import check_room, check_scalar, require_definite, standard_normal
+from natgrad.operators.hooks import Rows
 from natgrad.operators.space import ParameterSpace
 
 
@@ -60,10 +62,19 @@ class ScaledIdentity(LinearOperator):
         total = self._definite(damping)
         return {name: b / total for name, b in rows.items()}
 
+    def _pinv_solve(self, rows: Rows, rtol: float | None) -> Rows:
+        factor = 1 / self.scale if self.scale > (rtol or 0) * self.scale else 0.0
+        return {name: factor * b for name, b in rows.items()}
+
+    def _sqrt_matmul(self, rows: Rows, damping: float) -> Rows:
+        root = math.sqrt(self.scale + damping)
+        return {name: root * v for name, v in rows.items()}
+
     def _full(self, *shape: int) -> Tensor:
         return torch.full(shape, self.scale, dtype=self.dtype, device=self.device)
 
     def _dense(self) -> Tensor:
+        check_room(self.space, self.dtype)
         return torch.diag(self._full(self.space.numel))
 
     def _diagonal(self) -> dict[str, Tensor]:
@@ -85,3 +96,18 @@ class ScaledIdentity(LinearOperator):
 
     def _scaled(self, scale: float) -> LinearOperator:
         return ScaledIdentity(self.space, scale * self.scale, dtype=self.dtype, device=self.device)
+
+    def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
+        return ScaledIdentity(self.space.restrict(names), self.scale, dtype=self.dtype, device=self.device)
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        return ScaledIdentity(self.space, self.scale, dtype=dtype, device=device)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"scale": self.scale, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def _from_state(
+        cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]
+    ) -> ScaledIdentity:
+        return cls(space, meta["scale"], dtype=getattr(torch, meta["dtype"]))

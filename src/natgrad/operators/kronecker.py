@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.linalg import eigendecomposition, kronecker_dense, kronecker_matmul
-from natgrad.operators.base import LinearOperator, Rows, require_definite, standard_normal
+from natgrad.operators.base import LinearOperator
+from natgrad.operators.checks import check_room, pseudo_inverse, require_definite, standard_normal
+from natgrad.operators.dense import Dense
+from natgrad.operators.eigen import EigenKronecker, assemble, in_basis
 from natgrad.operators.factored import FactoredInverse, LinearMap
+from natgrad.operators.hooks import Rows
 from natgrad.operators.space import ParameterSpace
 
 
@@ -114,27 +118,58 @@ class Kronecker(LinearOperator):
         return self._map.split(kronecker_matmul(self.A, self.G, self._map.join(rows)))
 
     def _solve(self, rows: Rows, damping: float) -> Rows:
-        products = self._damped_products(damping)
+        return self._with_eigenvalues(rows, self._damped_products(damping).reciprocal_())
+
+    def _with_eigenvalues(self, rows: Rows, values: Tensor) -> Rows:
         _, Q_A, _, Q_G = self.eigenbasis
-        rotated = kronecker_matmul(Q_A, Q_G.mT, self._map.join(rows))
-        return self._map.split(kronecker_matmul(Q_A.mT, Q_G, rotated.div_(products)))
+        return self._map.split(in_basis(Q_A, Q_G, values, self._map.join(rows)))
+
+    def _pinv_solve(self, rows: Rows, rtol: float | None) -> Rows:
+        values_A, _, values_G, _ = self.eigenbasis
+        if rtol is None:  # what is zero in a factor is zero
+            inverse_A, inverse_G = (
+                torch.stack(
+                    [pseudo_inverse(one, None, len(one)) for one in values.view(-1, values.shape[-1])]
+                )
+                for values in (values_A, values_G)
+            )
+            inverse = inverse_G[:, :, None] * inverse_A[:, None, :]
+        else:
+            products = self.eigenbasis.products()
+            inverse = torch.stack(
+                [pseudo_inverse(own, rtol, 0) for own in products.view(self._map.groups, -1)]
+            )
+        return self._with_eigenvalues(rows, inverse.view(*values_A.shape[:-1], *self._map.sizes))
+
+    def _sqrt_matmul(self, rows: Rows, damping: float) -> Rows:
+        return self._with_eigenvalues(rows, (self.eigenbasis.products() + damping).sqrt())
+
+    def inverse(self, damping: float) -> EigenKronecker:
+        """(A ⊗ G + λI)⁻¹, exactly.
+
+        Args:
+            damping: λ ≥ 0.
+
+        Raises:
+            NonFiniteError: a factor has an infinite or undefined entry.
+            NotPositiveDefiniteError: a factor is indefinite; or λ is 0 and one is singular.
+        """
+        values = self._damped_products(damping).reciprocal_()
+        _, Q_A, _, Q_G = self.eigenbasis
+        return EigenKronecker(self.space, Q_A, Q_G, values, self.transposed)
 
     def _dense(self) -> Tensor:
-        dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        # Where each entry of V lies in a flat vector: the bias is V's last column, but stands apart there.
-        places = self.space.unflatten_rows(torch.arange(self.space.numel, device=self.device)[None])
-        blocks = kronecker_dense(self.A, self.G)
-        size = blocks.shape[-1]
-        for place, block in zip(
-            self._map.join(places).reshape(-1, size), blocks.reshape(-1, size, size), strict=True
-        ):
-            dense[place[:, None], place] = block
-        return dense
+        check_room(self.space, self.dtype)
+        return assemble(self._map, kronecker_dense(self.A, self.G))
 
     def _diagonal(self) -> dict[str, Tensor]:
         diagonal_A, diagonal_G = (t.diagonal(dim1=-2, dim2=-1) for t in (self.A, self.G))
         rows = self._map.split((diagonal_G[..., :, None] * diagonal_A[..., None, :])[None])
         return {name: d[0] for name, d in rows.items()}
+
+    def _trace(self) -> Tensor:
+        trace_A, trace_G = (t.diagonal(dim1=-2, dim2=-1).sum(-1) for t in (self.A, self.G))
+        return (trace_A * trace_G).sum()
 
     def _logdet(self, damping: float) -> Tensor:
         return self._damped_products(damping).log().sum()
@@ -150,3 +185,24 @@ class Kronecker(LinearOperator):
 
     def _scaled(self, scale: float) -> LinearOperator:
         return Kronecker(self.space, self.A, scale * self.G, self.transposed)
+
+    def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
+        space = self.space.restrict(names)
+        if len(names) == 2:  # in the other order
+            return Kronecker(space, self.A, self.G, self.transposed)
+        if names == (self._map.weight,):
+            return Kronecker(space, self.A[..., :-1, :-1], self.G, self.transposed)
+        blocks = self.G * self.A[..., -1:, -1:]
+        return Dense(space, torch.block_diag(*blocks) if blocks.ndim == 3 else blocks)
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        return Kronecker(self.space, self.A.to(device, dtype), self.G.to(device, dtype), self.transposed)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"A": self.A, "G": self.G}, {"transposed": self.transposed}
+
+    @classmethod
+    def _from_state(
+        cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]
+    ) -> Kronecker:
+        return cls(space, tensors["A"], tensors["G"], meta["transposed"])

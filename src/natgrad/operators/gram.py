@@ -1,0 +1,218 @@
+"""The exact operator of many parameters and few rows: F = JᵀJ, solved through K = JJᵀ."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.errors import ConfigError
+from natgrad.linalg import Stage, cholesky, eigendecomposition
+from natgrad.operators.base import LinearOperator
+from natgrad.operators.checks import check_scalar, pseudo_inverse, require_definite, standard_normal
+from natgrad.operators.dense import Dense
+from natgrad.operators.hooks import Rows
+from natgrad.operators.identity import ScaledIdentity
+from natgrad.operators.rows import FactoredRows
+from natgrad.operators.space import ParameterSpace
+
+# A matrix of more bytes than this is refused: K, or where there are more rows than parameters, F.
+LARGEST_BYTES = 2**33
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Gram(LinearOperator):
+    """JᵀJ in terms of its M rows: products by the factored rows, all else by the smaller of JJᵀ and JᵀJ.
+
+    With fewer rows than parameters that is the Gram matrix K = JJᵀ [M, M], the neural tangent kernel, and
+
+        (JᵀJ + λI)⁻¹ = λ⁻¹ (I − Jᵀ (K + λI)⁻¹ J)        (Woodbury),
+
+    whose rounding, which grows as 1/λ, a step of iterative refinement takes back. J itself is never formed. With more
+    rows than parameters F [P, P] is the smaller matrix, and stands in for K.
+
+    Attributes:
+        rows: J.
+
+    Raises:
+        ConfigError: a matrix that would take more than 8 GiB, when it is needed.
+    """
+
+    rows: FactoredRows
+    _factors: dict[float, tuple[Tensor, Stage]] = dataclasses.field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "space", self.rows.space)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the rows."""
+        return self.rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the rows."""
+        return self.rows.device
+
+    @functools.cached_property
+    def kernel(self) -> Float[Tensor, "M M"]:
+        """K = JJᵀ, rows ordered by batch, then signal column, then example."""
+        self._require_room(len(self.rows), "the Gram matrix of that many rows")
+        return self.rows.gram()
+
+    @functools.cached_property
+    def _primal(self) -> Dense | None:
+        """F itself, where it is smaller than K."""
+        if len(self.rows) < self.space.numel:
+            return None
+        self._require_room(self.space.numel, "the matrix of that many parameters")
+        return Dense(self.space, self.rows.covariance())
+
+    def _require_room(self, side: int, what: str) -> None:
+        needed = side**2 * self.rows.itemsize
+        if needed > LARGEST_BYTES:
+            raise ConfigError(
+                f"{what}, {side:,}, would take {needed / 2**30:.1f} GiB ({needed:,} bytes); use metric='matrixfree', "
+                "kind='mc' (one row an example), or fewer examples"
+            )
+
+    @functools.cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        return eigendecomposition(self.kernel, layer=self.space.label, factor="JJᵀ")
+
+    def cholesky(self, damping: float) -> tuple[Float[Tensor, "..."], Stage]:
+        """The lower Cholesky factor of K + λI (of F + λI where that is smaller), and the stage that it took.
+
+        Args:
+            damping: λ ≥ 0. The factor for the last λ is kept.
+
+        Raises:
+            NotPositiveDefiniteError: the matrix is singular: with λ = 0 it always is if there are fewer rows than
+                parameters.
+        """
+        if self._primal is not None:
+            return self._primal.cholesky(damping)
+        self._require_damping(damping)
+        if damping not in self._factors:
+            found = cholesky(self.kernel, damping, layer=self.space.label, factor="JJᵀ")
+            self._factors.clear()
+            self._factors[damping] = found
+        return self._factors[damping]
+
+    def _require_damping(self, damping: float) -> None:
+        if damping == 0:  # fewer rows than parameters
+            require_definite(0.0, 1.0, len(self.rows), self.dtype, layer=self.space.label, factor="F")
+
+    def _matmul(self, rows: Rows) -> Rows:
+        return self.rows.product(rows)
+
+    def _solve(self, rows: Rows, damping: float) -> Rows:
+        if self._primal is not None:
+            return self._primal._solve(rows, damping)
+        solution = self._woodbury(rows, damping)
+        image = self.rows.product(solution)
+        rest = {name: b - image[name] - damping * solution[name] for name, b in rows.items()}
+        correction = self._woodbury(rest, damping)
+        return {name: x + correction[name] for name, x in solution.items()}
+
+    def _woodbury(self, rows: Rows, damping: float) -> Rows:
+        lower, _ = self.cholesky(damping)
+        inner = torch.cholesky_solve(self.rows.matmul(rows).mT, lower).mT
+        taken = self.rows.rmatmul(inner)
+        return {name: (b - taken[name]) / damping for name, b in rows.items()}
+
+    def dual_solve(self, targets: Float[Tensor, "M"], damping: float) -> dict[str, Tensor]:
+        """(JᵀJ + λI)⁻¹ Jᵀ r = Jᵀ (K + λI)⁻¹ r for a right-hand side that rows make, without dividing by λ.
+
+        Args:
+            targets: r, a number for each row.
+            damping: λ ≥ 0.
+
+        Raises:
+            ConfigError: λ is negative or not finite, or r has another length.
+            NotPositiveDefiniteError: K + λI is singular.
+        """
+        check_scalar("damping", damping)
+        if targets.shape != (len(self.rows),):
+            raise ConfigError(
+                f"r must have a number for each of {len(self.rows)} rows, not {tuple(targets.shape)}"
+            )
+        lower, _ = cholesky(self.kernel, damping, layer=self.space.label, factor="JJᵀ")
+        weights = torch.cholesky_solve(targets[:, None], lower).mT
+        return {name: v[0] for name, v in self.rows.rmatmul(weights).items()}
+
+    def _in_eigenbasis(self, rows: Rows, values: Tensor) -> Rows:
+        """Jᵀ U diag(values) Uᵀ J v."""
+        vectors = self._eigen[1]
+        return self.rows.rmatmul((self.rows.matmul(rows) @ vectors).mul_(values) @ vectors.mT)
+
+    def _pinv_solve(self, rows: Rows, rtol: float | None) -> Rows:
+        if self._primal is not None:
+            return self._primal._pinv_solve(rows, rtol)
+        # (JᵀJ)⁺ = Jᵀ U Λ⁻² Uᵀ J.
+        return self._in_eigenbasis(rows, pseudo_inverse(self._eigen[0], rtol, len(self.rows)).square())
+
+    def _sqrt_matmul(self, rows: Rows, damping: float) -> Rows:
+        if self._primal is not None:
+            return self._primal._sqrt_matmul(rows, damping)
+        # √(s + λ) = √λ + s / (√(s + λ) + √λ) on the rows' space, √λ elsewhere.
+        root = damping**0.5
+        values = self._eigen[0]
+        weights = 1 / ((values + damping).sqrt() + root).clamp_min(torch.finfo(self.dtype).tiny ** 0.5)
+        part = self._in_eigenbasis(rows, torch.where(values > 0, weights, 0.0))
+        return {name: v + root * rows[name] for name, v in part.items()}
+
+    def _dense(self) -> Tensor:
+        return self.rows.covariance() if self._primal is None else self._primal.matrix
+
+    def _diagonal(self) -> dict[str, Tensor]:
+        return self.rows.squares()
+
+    def _logdet(self, damping: float) -> Tensor:
+        if self._primal is not None:
+            return self._primal._logdet(damping)
+        lower, _ = self.cholesky(damping)
+        own = 2 * lower.diagonal().log().sum()
+        return own + (self.space.numel - len(self.rows)) * own.new_tensor(damping).log()
+
+    def _eigenvalues(self, k: int) -> Tensor:
+        if self._primal is not None:
+            return self._primal._eigenvalues(k)
+        values = self._eigen[0]
+        return torch.cat([values, values.new_zeros(max(0, k - len(values)))])
+
+    def _sample(self, n: int, damping: float, generator: torch.Generator | None) -> Rows:
+        # Perturb and solve: Jᵀε + √λ ε' has covariance JᵀJ + λI, and its solution the inverse (Papandreou & Yuille
+        # 2010, "Gaussian sampling by local perturbations").
+        if self._primal is not None:
+            return self._primal._sample(n, damping, generator)
+        self._require_damping(damping)
+        noise = standard_normal(n, (len(self.rows),), self.dtype, self.device, generator)
+        rows = self.rows.rmatmul(noise)
+        for name, v in rows.items():
+            more = standard_normal(n, tuple(v.shape[1:]), self.dtype, self.device, generator)
+            rows[name] = v.add_(more, alpha=damping**0.5)
+        return self._solve(rows, damping)
+
+    def _scaled(self, scale: float) -> LinearOperator:
+        if scale == 0:
+            return ScaledIdentity(self.space, 0.0, dtype=self.dtype, device=self.device)
+        return Gram(self.rows.scaled(scale**0.5))
+
+    def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
+        return Gram(self.rows.restrict(names))
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        return Gram(self.rows.to(dtype, device))
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.rows.state()
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Gram:
+        return cls(FactoredRows.from_state(space, tensors, meta))

@@ -1,0 +1,84 @@
+"""The operator of few rows: its laws are in test_laws.py; here is what it alone can do, and refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import natgrad.operators.gram as module
+from natgrad import ConfigError, NotPositiveDefiniteError
+from natgrad.linalg import Stage
+from natgrad.operators import Gram
+from oracle.operators import DTYPE, generator, random_rows
+
+
+def few(seed: int = 0) -> tuple[Gram, torch.Tensor]:
+    """13 parameters, 6 rows."""
+    rows, J = random_rows(seed, 3, 3, 3)
+    return Gram(rows), J
+
+
+def test_the_kernel_and_its_spectrum() -> None:
+    operator, J = few()
+    assert_close(operator.kernel, J @ J.T)
+    values = torch.linalg.eigvalsh(J.T @ J).flip(0)
+    assert_close(operator.eigenvalues(), values, rtol=1e-9, atol=1e-12)
+    assert_close(operator.eigenvalues(4), values[:4])
+
+
+@pytest.mark.parametrize("damping", [1e-10, 1e-6, 1.0, 1e6])
+def test_small_damping_keeps_its_digits(damping: float) -> None:
+    operator, J = few()
+    b = torch.randn(13, 2, dtype=DTYPE, generator=generator(1))
+    values, vectors = torch.linalg.eigh(J.T @ J)
+    values = values.clamp_min(0)
+    values[:7] = 0  # of rank 6
+    exact = vectors @ ((vectors.T @ b) / (values + damping)[:, None])
+    x = operator.solve(b, damping)
+    assert_close(x, exact, rtol=1e-9, atol=1e-9 / damping)
+    # Where b is made by the rows, as a gradient is, nothing is divided by λ.
+    r = torch.randn(6, dtype=DTYPE, generator=generator(2))
+    found = operator.space.flatten(operator.dual_solve(r, damping))
+    expected = J.T @ torch.linalg.solve(J @ J.T + damping * torch.eye(6, dtype=DTYPE), r)
+    assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_undamped_it_has_a_pseudo_inverse_only() -> None:
+    operator, J = few()
+    b = torch.randn(13, dtype=DTYPE)
+    for of in (lambda F: F.solve(b), lambda F: F.logdet(), lambda F: F.sample(1), lambda F: F.cholesky(0.0)):
+        with pytest.raises(NotPositiveDefiniteError, match="pinv_solve"):
+            of(operator)
+    assert_close(operator.pinv_solve(b), torch.linalg.pinv(J.T @ J, hermitian=True) @ b, rtol=1e-8, atol=1e-8)
+    assert_close(operator.dual_solve(J @ b, 0.0), operator.space.unflatten(torch.linalg.pinv(J) @ (J @ b)))
+    root = operator.sqrt_matmul(torch.eye(13, dtype=DTYPE))
+    assert_close(root @ root, J.T @ J)
+
+
+def test_the_smaller_matrix_is_taken() -> None:
+    rows, _ = random_rows(0, 2, 2, 10)  # 7 parameters, 20 rows
+    many = Gram(rows)
+    lower, stage = many.cholesky(0.1)
+    assert lower.shape == (7, 7)
+    assert stage is Stage.CHOLESKY
+    assert "kernel" not in vars(many)
+    lower, _ = few()[0].cholesky(0.1)
+    assert lower.shape == (6, 6)
+
+
+def test_what_would_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST_BYTES", 100)
+    operator, _ = few()
+    with pytest.raises(ConfigError, match=r"288 bytes.*matrixfree"):
+        operator.solve(torch.ones(13, dtype=DTYPE), 0.1)
+    assert (operator @ torch.ones(13, dtype=DTYPE)).shape == (13,)  # a product needs no such matrix
+    assert operator.trace() > 0
+
+
+def test_targets_must_be_one_a_row() -> None:
+    operator, _ = few()
+    with pytest.raises(ConfigError, match="6 rows"):
+        operator.dual_solve(torch.ones(5, dtype=DTYPE), 0.1)
+    with pytest.raises(ConfigError, match="damping"):
+        operator.dual_solve(torch.ones(6, dtype=DTYPE), -0.1)
