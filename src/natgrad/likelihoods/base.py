@@ -133,6 +133,43 @@ class Likelihood(abc.ABC):
         _check_vector(outputs, vector)
         return self._product(detached(outputs), vector, detached(targets))
 
+    def mass(self, outputs: Outputs, targets: Targets | None = None) -> float:
+        """Σ wₙ over the events that reduction="mean" divides by: 1/c, with which the means of several batches add up.
+
+        Args:
+            outputs: z.
+            targets: as in `fisher_product`.
+
+        Raises:
+            OutputError, TargetError: as `check`.
+        """
+        targets = self._admit(outputs, targets)
+        return float(self._mass(detached(outputs), detached(targets)))
+
+    def divergence(
+        self, outputs: Outputs, other: Outputs, targets: Targets | None = None
+    ) -> Float[Tensor, "..."]:
+        """KL(p(y|z) ‖ p(y|z′)) of each event, in nats, times c wₙ: their sum has H as its Hessian at z′ = z.
+
+        Args:
+            outputs: z.
+            other: z′, of the same structure and shape.
+            targets: as in `fisher_product`.
+
+        Returns:
+            A number for each event, in float64.
+
+        Raises:
+            OutputError: outputs of a wrong structure or shape.
+            TargetError: targets that don't fit the outputs.
+            ConfigError: a likelihood of one's own that does not define `_divergence`.
+        """
+        targets = self._admit(outputs, targets)
+        self._check_outputs(other)
+        _check_vector(outputs, other)
+        # KL is a small difference of large terms: in float32 nothing would be left of it where z′ is near z.
+        return self._divergence(_double(outputs), _double(other), detached(targets))
+
     def signals(
         self,
         outputs: Outputs,
@@ -154,7 +191,8 @@ class Likelihood(abc.ABC):
                     Sutskever & Swersky 2012, "Estimating the Hessian by back-propagating curvature"). S Sᵀ = H in
                     expectation, with less variance than "mc" where p(y | z) is confident: a draw then has a rare,
                     large score, whereas L ε always has H's own size.
-                "exact": a signal for each output coordinate of one example; Σ S Sᵀ = H exactly.
+                "exact": as many signals as H has rank within one example: one for each output coordinate, and for a
+                    class of C one fewer than that. Σ S Sᵀ = H exactly.
                 "empirical": one S, the score of the given targets. S Sᵀ is the empirical Fisher, not H.
             generator: the source of randomness; torch's default one if None.
             examples: how many examples the outputs hold, when several rows of dimension 0 belong to one (tokens
@@ -198,6 +236,14 @@ class Likelihood(abc.ABC):
     def _constant(self, events: int) -> float:
         """C for a loss that is reduced over so many events."""
         return 1.0 if self.reduction == "sum" else 1.0 / max(events, 1)
+
+    def _mass(self, outputs: Any, targets: Any) -> float | Tensor:
+        """Σ wₙ, or any number in proportion to it; unless a family says otherwise, its events are output elements."""
+        return leaves(outputs)[0].numel()
+
+    def _divergence(self, outputs: Any, other: Any, targets: Any) -> Tensor:
+        """c wₙ KL of each event; outputs are float64."""
+        raise ConfigError(f"{type(self).__name__} does not say its divergence; define _divergence")
 
     # What a family defines. All but the two checks get arguments that are checked; all but the loss and log_prob get
     # them detached. Each family narrows Any to the tensors that it reads.
@@ -265,9 +311,20 @@ def detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+def _double(outputs: Outputs) -> Any:
+    if isinstance(outputs, tuple):
+        return tuple(z.detach().double() for z in outputs)
+    return outputs.detach().double()
+
+
 def leaves(outputs: Outputs) -> tuple[Tensor, ...]:
     """The tensors of the outputs, one or several."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def bare(outputs: tuple[Tensor, ...]) -> Outputs:
+    """What a likelihood reads of a model's tensors: one alone, or several as a tuple; undoes `leaves`."""
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _check_vector(outputs: Outputs, vector: object) -> None:

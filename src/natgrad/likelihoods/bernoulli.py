@@ -95,6 +95,10 @@ class Bernoulli(DiagonalLikelihood):
         p = torch.sigmoid(z.to(working_dtype(z)))
         return torch.addcmul(p, p, p, value=-1).mul_(self._scale(z, targets))
 
+    def _divergence(self, z: Tensor, other: Tensor, targets: Tensor | None) -> Tensor:
+        kl = torch.sigmoid(z) * (z - other) + F.softplus(other) - F.softplus(z)
+        return kl * self._scale(z, targets)
+
     def _sampled_signal(self, z: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         p = torch.sigmoid(z.to(working_dtype(z)))
         return p.sub_(_draw(p, generator)).mul_(_root(self._scale(z, targets))).to(z.dtype)

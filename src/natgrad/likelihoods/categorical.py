@@ -158,6 +158,18 @@ class Categorical(Likelihood):
             scale = scale / own.sum().clamp_min(torch.finfo(own.dtype).tiny)
         return scale.unsqueeze(1)
 
+    def _mass(self, z: Tensor, targets: Tensor | None) -> float | Tensor:
+        if targets is None or targets.is_floating_point():
+            return z.numel() // z.shape[1]
+        index, counts = self._index(targets)
+        return counts.sum() if self.weight is None else (self.weight.to(z.device)[index] * counts).sum()
+
+    def _divergence(self, z: Tensor, other: Tensor, targets: Tensor | None) -> Tensor:
+        log_p, log_q = torch.log_softmax(z, 1), torch.log_softmax(other, 1)
+        scale = self._scale(z, targets)
+        weights = scale.squeeze(1) if isinstance(scale, Tensor) else scale
+        return (log_p.exp() * (log_p - log_q)).sum(1) * weights
+
     def _target_distribution(self, z: Tensor, targets: Tensor) -> Tensor:
         """The distribution t / s that the loss pulls p towards, `[N, C, ...]`; zero where s = 0."""
         dtype, classes = working_dtype(z), z.shape[1]
@@ -198,25 +210,28 @@ class Categorical(Likelihood):
         return p.sub_(self._target_distribution(z, targets)).mul_(_root(self._scale(z, targets))).to(z.dtype)
 
     def _exact_signals(self, z: Tensor, targets: Tensor | None, examples: int) -> Iterator[Tensor]:
-        # Column k of L for the event (row, place) of every example: sqrt(c s pₖ) (eₖ − p).
+        # diag(p) − p pᵀ has rank C − 1, and so many columns has its Cholesky factor: with the tails rₖ = Σ_{j≥k} pⱼ,
+        # column k is √(pₖ/rₖ) (√rₖ₊₁ at k, and −pⱼ/√rₖ₊₁ at every j > k). Sums of positive numbers lose no digits.
         if z.numel() == 0:
             return
         n, classes = z.shape[:2]
         layout = (examples, n // examples, classes, z.numel() // (n * classes))
-        p = _softmax(z)
-        root = (p * self._scale(z, targets)).sqrt().reshape(layout)
+        p, tiny = _softmax(z), torch.finfo(working_dtype(z)).tiny
+        scale = torch.as_tensor(self._scale(z, targets), dtype=p.dtype, device=p.device)
+        roots = scale.sqrt().expand(n, 1, *z.shape[2:]).reshape(layout[0], layout[1], layout[3])
         p = p.reshape(layout)
+        tails = p.flip(2).cumsum(2).flip(2).clamp_min(tiny)
         for row in range(layout[1]):
             for place in range(layout[3]):
-                for k in range(classes):
-                    size = root[:, row, k, place]
-                    column = p[:, row, :, place] * -size.unsqueeze(1)
-                    column[:, k] += size
-                    if not column.any():
-                        continue
+                own, tail = p[:, row, :, place], tails[:, row, :, place]
+                for k in range(classes - 1):
+                    size = roots[:, row, place] * (own[:, k] / tail[:, k]).sqrt()
                     signal = torch.zeros(layout, dtype=z.dtype, device=z.device)
-                    signal[:, row, :, place] = column
-                    yield signal.view(z.shape)
+                    column = signal[:, row, :, place]
+                    column[:, k] = size * tail[:, k + 1].sqrt() * (own[:, k + 1 :] > 0).any(1)
+                    column[:, k + 1 :] = own[:, k + 1 :] * (-size * tail[:, k + 1].rsqrt()).unsqueeze(1)
+                    if column.any():
+                        yield signal.view(z.shape)
 
 
 def _softmax(z: Tensor) -> Tensor:

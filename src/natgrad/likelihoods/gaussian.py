@@ -56,6 +56,9 @@ class Gaussian(DiagonalLikelihood):
         information = torch.full((), 2 * self._constant(z.numel()), dtype=working_dtype(z), device=z.device)
         return information.expand(z.shape)
 
+    def _divergence(self, z: Tensor, other: Tensor, targets: Tensor | None) -> Tensor:
+        return (z - other).square() * self._constant(z.numel())
+
     def _sampled_signal(self, z: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         return _noise(z, generator).mul_(-math.sqrt(2 * self._constant(z.numel()))).to(z.dtype)
 
@@ -161,6 +164,12 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
         if isinstance(outputs, Tensor):
             return precision.mul_(c)
         return c * precision, _gather(precision.square().mul_(c / 2), variance)
+
+    def _divergence(self, outputs: Outputs, other: Outputs, targets: Targets | None) -> Tensor:
+        (mean, variance), (mean_, variance_) = _moments(outputs, targets), _moments(other, targets)
+        v, v_ = self._spread(variance, mean), self._spread(variance_, mean_)
+        kl = 0.5 * ((v_ / v).log() + (v + (mean - mean_).square()) / v_ - 1)
+        return kl * self._constant(mean.numel())
 
     def _sampled_signal(
         self, outputs: Outputs, targets: Targets | None, generator: torch.Generator | None

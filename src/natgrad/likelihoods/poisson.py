@@ -62,6 +62,10 @@ class Poisson(DiagonalLikelihood):
     def _information(self, z: Tensor, targets: Tensor | None) -> Tensor:
         return torch.exp(z.to(working_dtype(z))).mul_(self._constant(z.numel()))
 
+    def _divergence(self, z: Tensor, other: Tensor, targets: Tensor | None) -> Tensor:
+        step = other - z
+        return z.exp() * (step.expm1() - step) * self._constant(z.numel())
+
     def _sampled_signal(self, z: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         rate = torch.exp(z.to(working_dtype(z)))
         return rate.sub_(_draw(rate, generator)).mul_(self._constant(z.numel()) ** 0.5).to(z.dtype)

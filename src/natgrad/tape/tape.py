@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.errors import NonFiniteError
+from natgrad.tape.columns import LayerColumns, send_back
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.rules import RULES, Geometry, Use
 
@@ -30,6 +31,7 @@ class Call:
     raw_inputs: Tensor
     edge: GradientEdge
     has_bias: bool
+    nbytes: int = 0  # of its result, and so of its signals
 
 
 class _Listener(TorchFunctionMode):
@@ -111,6 +113,47 @@ class Tape:
             if g is not None
         ]
 
+    def columns(
+        self,
+        outputs: Sequence[Tensor],
+        signals: Sequence[Sequence[Tensor]],
+        examples: int,
+        names: Iterable[str] | None = None,
+    ) -> list[LayerColumns]:
+        """Sends several sets of signals backwards, as `records` does one; what comes back is not looked at.
+
+        Args:
+            outputs: the model's outputs, part of the recorded graph.
+            signals: for each pass, a tensor of the same shape for each output.
+            examples: how many examples the batch holds.
+            names: names of the blocks wanted; all by default.
+        """
+        wanted = self.blocks.keys() if names is None else set(names)
+        calls = [call for call in self._calls if call.block.weight in wanted]
+        live = [k for k, z in enumerate(outputs) if z.requires_grad]
+        if not calls or not live:
+            return []
+        found = send_back(
+            [outputs[k] for k in live], [call.edge for call in calls], [[s[k] for k in live] for s in signals]
+        )
+        return [
+            LayerColumns(
+                call.block,
+                call.geometry,
+                call.raw_inputs,
+                tuple(g.detach() for g in back if g is not None),
+                examples,
+                call.has_bias,
+            )
+            for call, back in zip(calls, zip(*found, strict=True), strict=True)
+            if back[0] is not None
+        ]
+
+    @property
+    def column_bytes(self) -> int:
+        """What the signals of one backward pass take in memory."""
+        return sum(call.nbytes for call in self._calls)
+
     def take(self) -> list[Call]:
         """Hands the recorded pass over, so that the next one can be recorded before this one is read."""
         calls, self._calls = self._calls, []
@@ -168,7 +211,12 @@ class Tape:
             edge = get_gradient_edge(result)
             self._calls.append(
                 Call(
-                    known, use.geometry, use.raw_input.detach(), edge, bias is not None and bias == known.bias
+                    known,
+                    use.geometry,
+                    use.raw_input.detach(),
+                    edge,
+                    bias is not None and bias == known.bias,
+                    result.numel() * result.element_size(),
                 )
             )
 

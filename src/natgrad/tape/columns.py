@@ -1,0 +1,115 @@
+"""Several backward passes through one forward pass: the same inputs, and a column of signals from each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from natgrad.operators.layerrows import Use
+from natgrad.operators.readings import Patches, Positions
+from natgrad.tape.records import Block
+from natgrad.tape.rules import ConvolutionGeometry, Geometry, LinearGeometry
+
+# Passes whose signals together take fewer bytes than this are batched: such small operations cost more to call than
+# to compute. Above it one pass after the other is as fast or faster, as its tensors stay in the cache (measured on two
+# cores: ten passes of a 784-128-10 MLP, 512 examples, take half the time batched; of a LeNet 1.2 times the time).
+BATCHED_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class LayerColumns:
+    """One call of one block, with the signals of several backward passes; otherwise as `LayerRecord`."""
+
+    block: Block
+    geometry: Geometry
+    raw_inputs: Tensor
+    raw_signals: tuple[Tensor, ...]
+    examples: int
+    has_bias: bool
+
+    def use(self, dtype: torch.dtype) -> Use | None:
+        """The call in the form of factored rows; None if what it acted on was not the batch.
+
+        Args:
+            dtype: the parameters'; under autocast inputs and signals have another.
+        """
+        geometry, examples = self.geometry, self.examples
+        raw, signals = self.raw_inputs.to(dtype), [g.to(dtype) for g in self.raw_signals]
+        if isinstance(geometry, ConvolutionGeometry):
+            spatial = len(geometry.kernel)
+            if raw.dim() == spatial + 1:  # no batch dimension
+                raw, signals = raw[None], [g[None] for g in signals]
+            if len(raw) != examples:
+                return None
+            height = (1,) * (2 - spatial)  # a signal in time is an image one pixel high
+            if any(side for pair in geometry.padding for side in pair):
+                raw = torch.nn.functional.pad(
+                    raw, [side for pair in reversed(geometry.padding) for side in pair]
+                )
+            reading = Patches(
+                raw.reshape(*raw.shape[:2], *height, *raw.shape[2:]),
+                _pair(height + geometry.kernel),
+                _pair(height + geometry.stride),
+                _pair(height + geometry.dilation),
+                geometry.groups,
+            )
+            columns = tuple(g.reshape(examples, geometry.groups, -1, reading.positions) for g in signals)
+            return Use(reading, columns, self.has_bias)
+        inputs = geometry.inputs(raw, examples)
+        if len(inputs) != examples or (raw.dim() == 1 and not isinstance(geometry, LinearGeometry)):
+            return None
+        groups = geometry.groups
+        columns = tuple(
+            geometry.signals(g, examples).unflatten(2, (groups, -1)).permute(0, 2, 3, 1) for g in signals
+        )
+        return Use(Positions(inputs, groups), columns, self.has_bias)
+
+
+def send_back(
+    outputs: Sequence[Tensor], edges: Sequence[GradientEdge], signals: Sequence[Sequence[Tensor]]
+) -> list[tuple[Tensor | None, ...]]:
+    """What becomes of several sets of signals at some edges of the graph, which is kept.
+
+    Args:
+        outputs: where signals start; each needs a gradient.
+        edges: where they are read.
+        signals: for each pass, a tensor for each output.
+
+    Returns:
+        For each pass, a tensor for each edge; None where it depends on no output.
+    """
+    if not signals:
+        return []
+    found = [_one(outputs, edges, signals[0])]
+    size = sum(g.numel() * g.element_size() for g in found[0] if g is not None)
+    rest = signals[1:]
+    if len(rest) > 1 and size * len(rest) <= BATCHED_BYTES:
+        try:
+            stacked = [torch.stack(parts) for parts in zip(*rest, strict=True)]
+            with warnings.catch_warnings():  # what can only be batched by a loop is
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                batched = torch.autograd.grad(
+                    outputs, edges, stacked, retain_graph=True, allow_unused=True, is_grads_batched=True
+                )
+        except RuntimeError:  # an operation that can't be batched at all
+            pass
+        else:
+            columns = [[None] * len(rest) if g is None else g.unbind() for g in batched]
+            return found + list(zip(*columns, strict=True))
+    return found + [_one(outputs, edges, one) for one in rest]
+
+
+def _one(
+    outputs: Sequence[Tensor], edges: Sequence[GradientEdge], signals: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(outputs, edges, signals, retain_graph=True, allow_unused=True)
+
+
+def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    height, width = sizes
+    return height, width
