@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import natgrad.metrics.diagonal as diagonal_module
+import natgrad.operators.layerrows as layerrows
 from natgrad import Diagonal, StepError
 from oracle import fisher as oracle
 
@@ -86,7 +87,8 @@ def test_empirical_is_made_of_squared_gradients(name: str, show: Callable) -> No
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, show: Callable) -> None:
     model, loss, x, y = batch("spatial-mean")
-    monkeypatch.setattr(diagonal_module, "CHUNK", 1)
+    monkeypatch.setattr(layerrows, "PORTION", 1)
+    monkeypatch.setattr(diagonal_module, "COLUMN_BYTES", 1)
     shown = show(Diagonal(kind="exact"), model, loss)
     shown.observe(x, y)
     torch.testing.assert_close(values(shown), oracle.fisher(model, loss, x, y).diagonal())

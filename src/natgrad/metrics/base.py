@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.errors import ConfigError
 from natgrad.operators import LinearOperator, ParameterSpace
 from natgrad.tape.passes import SignalPass
+from natgrad.tape.replay import Replay
 
 Kind = Literal["mc", "exact", "empirical", "rademacher"]
 KINDS = ("mc", "exact", "empirical", "rademacher")
@@ -27,6 +29,11 @@ class Observation:
         step: the step that it belongs to.
         first: whether it is the first micro-batch of its step; the others join it without decay.
         additive: whether the loss sums over examples, so that micro-batches add up rather than average.
+        mass: what it weighs in an average, where that is not its number of examples: the events that the loss counts.
+        weights: √ of these is inside the signals, one for each example; None where every example counts alike.
+        again: whether the batch can be shown again in another sweep (see `Estimate.sweeps`).
+        replay: the same batch's F as products that run the model again, for estimates whose rows would take too much
+            memory; None where the model can't be run.
     """
 
     passes: Iterator[SignalPass]
@@ -34,11 +41,15 @@ class Observation:
     step: int
     first: bool
     additive: bool
+    mass: float | None = None
+    weights: Float[Tensor, "examples"] | None = None
+    again: bool = False
+    replay: Replay | None = None
 
     @property
     def weight(self) -> float:
         """What this micro-batch weighs in an average over examples."""
-        return float(self.examples)
+        return float(self.examples) if self.mass is None else self.mass
 
     @property
     def numerator(self) -> float:
@@ -78,10 +89,12 @@ class Estimate(abc.ABC):
         kind: which signals it wants, or None if it wants none.
         whole: whether it knows the curvature of every use of a parameter, by whatever function.
         stages: block → factor → which stage of the fallback the last factorisation took.
+        sweeps: how often `natgrad.fisher` has to show it all of the data; it may grow while the data is shown.
     """
 
     kind: Kind | None = None
     whole: bool = False
+    sweeps: int = 1
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
@@ -99,6 +112,9 @@ class Estimate(abc.ABC):
     @abc.abstractmethod
     def observe(self, observation: Observation) -> None:
         """F̂ ← εF̂ + (1−ε)F_batch. Touches neither a parameter nor a gradient."""
+
+    def next_sweep(self) -> None:  # noqa: B027  most metrics have nothing to do
+        """Called between two sweeps through the same data, where `sweeps` asks for more than one."""
 
     @abc.abstractmethod
     def operator(self) -> LinearOperator:

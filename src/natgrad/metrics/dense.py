@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.errors import ConfigError, StepError
-from natgrad.linalg import Stage, accumulate_gram
+from natgrad.linalg import Stage
 from natgrad.metrics.average import Weight
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
+from natgrad.metrics.moments import Moments
 from natgrad.operators import Dense as DenseOperator
 from natgrad.operators import LinearOperator
-from natgrad.tape.passes import SignalPass, merged
 
 LARGEST_BYTES = 2**31
 
@@ -55,14 +54,10 @@ class _DenseEstimate(Estimate):
         super().__init__(parameters)
         first = next(iter(self.parameters.values()))
         size = self.space.numel
-        needed = size * size * first.element_size()
-        if needed > LARGEST_BYTES:
-            raise ConfigError(
-                f'metric="dense" would need {needed / 2**30:.1f} GiB for {size:,} parameters; use metric="kfac"'
-            )
+        require_room("dense", size * size, first, f" for {size:,} parameters")
         self._metric = metric
         self.kind = metric.kind
-        self._total: Tensor | None = None
+        self._moments = Moments([self.space], self.parameters)
         self._weight = Weight()
         self._operator: DenseOperator | None = None
         self._restricted: DenseOperator | None = None
@@ -76,51 +71,19 @@ class _DenseEstimate(Estimate):
     def observe(self, observation: Observation) -> None:
         decay = self._metric.decay if observation.first else 1.0
         self._weight.add(observation.denominator(observation.first), decay)
-        if self._total is None:
-            first = next(iter(self.parameters.values()))
-            self._total = torch.zeros(
-                self.space.numel, self.space.numel, dtype=first.dtype, device=first.device
-            )
-        for signal_pass in observation.passes:
-            for rows in self._rows(signal_pass):
-                accumulate_gram(self._total, rows, decay, observation.numerator)
-                decay = 1.0  # further columns and chunks join what is there
-        if decay != 1.0:  # every signal was zero, and so is this batch's F
-            self._total.mul_(decay)
+        if decay != 1.0:
+            self._moments.decay(decay)
+        self._moments.add(observation.passes, observation.numerator)
         self._operator = self._restricted = None
-
-    def _rows(self, signal_pass: SignalPass) -> list[Float[Tensor, "batch P"]]:
-        """Per-example scores in the order of flat vectors."""
-        found: dict[str, Tensor] = {}
-        for block, records in signal_pass.records(self.parameters).items():
-            if not all(signal_pass.tape.covers(name) for name in block.names):
-                continue
-            inputs, signals = merged(records)
-            if len(inputs) != signal_pass.examples:  # it acted on something that is not the batch
-                continue
-            scores = torch.einsum("nsgo,nsgi->ngoi", signals, inputs)
-            if block.bias is None:
-                found[block.weight] = scores.flatten(1)
-            else:
-                found[block.weight] = scores[..., :-1].flatten(1)
-                found[block.bias] = scores[..., -1].flatten(1)
-        missing = {name: p for name, p in self.parameters.items() if name not in found}
-        if not missing:
-            return [torch.cat([found[name] for name in self.space.names], dim=1)]
-        rows = []
-        for chunk, rest in signal_pass.scores(missing):
-            parts = {name: score.flatten(1) for name, score in rest.items()}
-            parts |= {name: score[chunk] for name, score in found.items()}
-            rows.append(torch.cat([parts[name] for name in self.space.names], dim=1))
-        return rows
 
     def operator(self) -> LinearOperator:
         if self._operator is None:
-            if self._total is None:
+            if not self._weight.total:
                 raise StepError(
                     "the Fisher matrix was not observed yet: run a forward pass and the loss before step()"
                 )
-            self._operator = DenseOperator(self.space, self._total / self._weight.total)
+            matrix = self._moments.matrix(0).div_(self._weight.total)
+            self._operator = DenseOperator(self.space, matrix)
         return self._operator
 
     def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
@@ -144,9 +107,30 @@ class _DenseEstimate(Estimate):
         return self._restricted
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self._total, "weight": self._weight.total}
+        return {"moments": self._moments.state_dict(), "weight": self._weight.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._total = None if state["total"] is None else state["total"].clone()
+        self._moments.load_state_dict(state["moments"])
         self._weight = Weight(state["weight"])
         self._operator = self._restricted = None
+
+
+def require_room(metric: str, entries: int, like: Tensor, largest: str = "") -> None:
+    """Sees that a matrix, or several, would fit.
+
+    Args:
+        metric: its name, for the error.
+        entries: how many numbers there would be.
+        like: a tensor of their dtype.
+        largest: what takes most of it, for the error.
+
+    Raises:
+        ConfigError: it would not; says how many bytes it takes, and what to use instead.
+    """
+    needed = entries * like.element_size()
+    if needed > LARGEST_BYTES:
+        raise ConfigError(
+            f'metric="{metric}" would need {needed / 2**30:.1f} GiB ({needed:,} bytes){largest}, and '
+            f'{LARGEST_BYTES / 2**30:.0f} GiB is its limit; use metric="kfac" or "ekfac", or "matrixfree" for exact '
+            "products"
+        )

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.errors import StepError
@@ -16,10 +15,11 @@ from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_deca
 from natgrad.metrics.refresh import Refresh
 from natgrad.operators import Diagonal as DiagonalOperator
 from natgrad.operators import LinearOperator
-from natgrad.tape.passes import merged
+from natgrad.tape.passes import SignalPass
+from natgrad.tape.rows import layer_rows, portions, require_finite
 
-# Per-example gradients of a layer with shared positions are formed this many numbers at a time.
-CHUNK = 2**24
+# Signals of so many bytes, of as many output columns as that makes, are squared together.
+COLUMN_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,33 @@ class _DiagonalEstimate(Estimate):
 
     def observe(self, observation: Observation) -> None:
         seen: set[str] = set()
-        for signal_pass in observation.passes:
-            for block, records in signal_pass.records(self.parameters).items():
-                squares = _squares(*merged(records))
-                split = {block.weight: squares}
-                if block.bias is not None:
-                    split = {block.weight: squares[..., :-1], block.bias: squares[..., -1]}
-                for name, value in split.items():
-                    # Further columns of an exact pass join what is there.
-                    decay = 1.0 if name in seen else self._begin(name, observation)
-                    seen.add(name)
-                    value = value.reshape(self.parameters[name].shape)
-                    accumulate(self._totals[name], value, decay, observation.numerator)
+        for passes in portions(observation.passes, COLUMN_BYTES):
+            for name, value in self._squares(passes).items():
+                # Further columns of an exact pass join what is there.
+                decay = 1.0 if name in seen else self._begin(name, observation)
+                seen.add(name)
+                value = value.reshape(self.parameters[name].shape)
+                accumulate(self._totals[name], value, decay, observation.numerator)
         self._refresh.took(observation.step)
         self._refresh.observed(self._totals)
+
+    def _squares(self, passes: list[SignalPass]) -> dict[str, Tensor]:
+        """Σₙ of squared scores over these columns, for all parameters that acted by a rule."""
+        layers, rest = layer_rows(passes, self.parameters, partial=True)
+        squares: dict[str, Tensor] = {}
+        for layer in layers:
+            squares |= layer.squares()
+        # A map that acted on something that is not the batch: its scores are known by differentiation alone.
+        acted = {name for block in passes[0].tape.blocks.values() for name in block.names}
+        elsewhere = {name: self.parameters[name] for name in rest if name in acted}
+        if elsewhere:
+            for signal_pass in passes:
+                for _, scores in signal_pass.scores(elsewhere):
+                    for name, score in scores.items():
+                        own = score.square_().sum(0)
+                        squares[name] = squares[name] + own if name in squares else own
+        require_finite(squares)
+        return squares
 
     def _begin(self, name: str, observation: Observation) -> float:
         """Counts a micro-batch for a parameter, and says what remains of its old total."""
@@ -123,21 +136,3 @@ class _DiagonalEstimate(Estimate):
         self._weights = {name: Weight(total) for name, total in state["weights"].items()}
         self._steps = dict(state["steps"])
         self._refresh.load_state_dict(state["refresh"])
-
-
-def _squares(
-    inputs: Float[Tensor, "batch shared groups columns"],
-    signals: Float[Tensor, "batch shared groups outputs"],
-) -> Float[Tensor, "groups outputs columns"]:
-    """Σₙ (Σ_s gₙₛ ãₙₛᵀ)², elementwise."""
-    batch, shared, groups, columns = inputs.shape
-    outputs = signals.shape[-1]
-    if shared == 1:  # the square of an outer product is the outer product of squares: no per-example gradient
-        a, g = inputs[:, 0].square(), signals[:, 0].square()
-        return torch.einsum("ngo,ngi->goi", g, a)
-    total = inputs.new_zeros(groups, outputs, columns)
-    step = max(1, CHUNK // (groups * outputs * columns))
-    for start in range(0, batch, step):
-        a, g = inputs[start : start + step], signals[start : start + step]
-        total += torch.einsum("nsgo,nsgi->ngoi", g, a).square_().sum(0)
-    return total

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from natgrad.errors import ConfigError, UnknownNameError
 from natgrad.metrics.base import Metric
+from natgrad.metrics.block import Block
 from natgrad.metrics.dense import Dense
 from natgrad.metrics.diagonal import Diagonal
+from natgrad.metrics.ekfac import EKFAC
 from natgrad.metrics.euclidean import Euclidean
+from natgrad.metrics.gram import Gram
 from natgrad.metrics.kfac import KFAC
+from natgrad.metrics.lowrank import LowRank
+from natgrad.metrics.matrixfree import MatrixFree
 
 METRICS: dict[str, type[Metric]] = {
+    "block": Block,
     "dense": Dense,
     "diagonal": Diagonal,
+    "ekfac": EKFAC,
     "euclidean": Euclidean,
+    "gram": Gram,
     "kfac": KFAC,
+    "lowrank": LowRank,
+    "matrixfree": MatrixFree,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from natgrad.errors import CoverageWarning, NonFiniteError
 from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods.base import bare
 from natgrad.metrics import Estimate, Euclidean, Metric, Observation
 from natgrad.optim.coverage import Coverage, CoverageRow
 from natgrad.optim.groups import Membership
 from natgrad.tape import Block, Tape
-from natgrad.tape.passes import SignalPass
+from natgrad.tape.outputs import signal_passes
 
 Fallback = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -70,12 +71,11 @@ class Curvature:
         """
         self._members.check_unchanged()
         likelihood, step = self._likelihood, self._step
-        bare = outputs if len(outputs) > 1 else outputs[0]
         for _, estimate, tape in self.estimates:
             if estimate.kind is None or not (estimate.due(step)):
                 continue
-            signals = likelihood.signals(bare, targets, estimate.kind, self.generator, examples)
-            passes = _passes(tape, outputs, signals, examples)
+            signals = likelihood.signals(bare(outputs), targets, estimate.kind, self.generator, examples)
+            passes = signal_passes(tape, outputs, signals, examples)
             try:
                 with torch.no_grad():
                     estimate.observe(
@@ -227,11 +227,3 @@ class Curvature:
             CoverageWarning,
             stacklevel=level,
         )
-
-
-def _passes(
-    tape: Tape, outputs: tuple[Tensor, ...], signals: Iterator[Any], examples: int
-) -> Iterator[SignalPass]:
-    for signal in signals:
-        parts = signal if isinstance(signal, tuple) else (signal,)
-        yield SignalPass(tape, outputs, parts, examples)

@@ -1,4 +1,4 @@
-"""h(θ) and ∇h(θ) of a step of a step, read from what the user's loop left."""
+"""h(θ) and ∇h(θ) of a step, read from what the user's loop left."""
 
 from __future__ import annotations
 

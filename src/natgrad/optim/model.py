@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods.base import bare, leaves
 from natgrad.optim.watcher import Watcher
 from natgrad.steps import QuadraticModel
 from natgrad.tape import Batch, evaluate, jacobian_products
@@ -68,8 +69,12 @@ class Probe:
     """A slice of the step's batch, on which the model's Jacobian and Fisher information are exact.
 
     Attributes:
+        network: the model.
+        likelihood: p(y | z).
+        find_outputs: what the likelihood reads of what the model returns.
         pieces: the examples of each micro-batch that the slice touches.
         shares: what each piece counts, so that a weighted sum stands for the whole batch.
+        rng_state: where the model's random draws start from.
     """
 
     network: nn.Module
@@ -117,7 +122,7 @@ class Probe:
             if piece.targets is None:
                 return float("nan")
             outputs = evaluate(self.network, parameters or {}, piece, self.find_outputs, self.rng_state)
-            total += share * float(self.likelihood.loss(_bare(outputs), piece.targets))
+            total += share * float(self.likelihood.loss(bare(outputs), piece.targets))
         return total
 
     def _residuals(self, outputs: tuple[Tensor, ...], targets: Any) -> tuple[float, tuple[Tensor, ...]]:
@@ -126,7 +131,7 @@ class Probe:
             return float("nan"), tuple(torch.zeros_like(z) for z in outputs)
         with torch.enable_grad():
             leaves = tuple(z.detach().requires_grad_() for z in outputs)
-            value = self.likelihood.loss(_bare(leaves), targets)
+            value = self.likelihood.loss(bare(leaves), targets)
             return float(value.detach()), torch.autograd.grad(value, leaves)
 
 
@@ -179,19 +184,11 @@ def expand(
     )
 
 
-def _bare(outputs: tuple[Tensor, ...]) -> Any:
-    return outputs if len(outputs) > 1 else outputs[0]
-
-
 def _fisher_gram(
     likelihood: Likelihood, outputs: tuple[Tensor, ...], stacked: tuple[Tensor, ...], targets: Any
 ) -> Tensor:
     """(J d_j)ᵀ H (J d_k)."""
-    single = len(outputs) == 1
-    product = likelihood.fisher_product(
-        outputs[0] if single else outputs, stacked[0] if single else stacked, targets
-    )
-    products = (product,) if isinstance(product, Tensor) else product
+    products = leaves(likelihood.fisher_product(bare(outputs), bare(stacked), targets))
     return sum(  # type: ignore[return-value]
         (v.flatten(1) @ h.flatten(1).mT).double().cpu() for v, h in zip(stacked, products, strict=True)
     )

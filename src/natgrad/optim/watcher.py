@@ -9,7 +9,7 @@ back at that moment, while the graph is whole.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from natgrad.errors import OutputError
 from natgrad.likelihoods import HeteroscedasticGaussian, Likelihood
+from natgrad.likelihoods.base import bare
 from natgrad.tape import Batch, Tape
+from natgrad.tape.outputs import count_examples, find_outputs
 from natgrad.tape.tape import Call
 
 Outputs = tuple[Tensor, ...]
@@ -110,14 +112,7 @@ class Watcher:
         Raises:
             OutputError: they are not tensors; says what the model returned and what to pass.
         """
-        found = returned if self._user_outputs is None else self._user_outputs(returned)
-        outputs = tuple(found) if isinstance(found, (tuple, list)) else (found,)
-        if not outputs or not all(isinstance(z, Tensor) for z in outputs):
-            raise OutputError(
-                f"the model returned {_describe(returned)}; say where the outputs are, such as "
-                "natgrad.NaturalGradient(..., outputs=lambda o: o.logits)"
-            )
-        return self._shape(outputs)
+        return self._shape(find_outputs(returned, self._user_outputs, "natgrad.NaturalGradient"))
 
     def _ignoring(self) -> bool:
         # Inside torch.func's transforms tensors have no values to look at, and no .grad comes of them.
@@ -158,7 +153,7 @@ class Watcher:
         """Says what is wrong with outputs or targets in our words, before torch says it in its own."""
         if not self._ignoring() and self._forward is not None and self._due():
             outputs, targets = self._read_loss(args, kwargs)
-            self.likelihood.check(outputs if len(outputs) > 1 else outputs[0], targets)
+            self.likelihood.check(bare(outputs), targets)
 
     def _after_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> None:
         # Without a forward pass it is the loss of another model, or a second one of the same outputs.
@@ -244,15 +239,6 @@ def _unbatched(forward: _Forward, call: Call) -> bool:
     return first is not None and first.dim() == raw.dim() and call.geometry.unbatched(raw)
 
 
-def count_examples(args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Outputs) -> int:
-    """How many examples a batch holds: the first dimension of the model's first tensor, if the outputs agree."""
-    rows = outputs[0].shape[0] if outputs[0].dim() else 1
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] and rows % value.shape[0] == 0:
-            return value.shape[0]
-    return max(rows, 1)
-
-
 def _same(outputs: Outputs) -> Outputs:
     return outputs
 
@@ -280,14 +266,6 @@ def _reshaping(returned: Outputs, outputs: Outputs) -> Callable[[Outputs], Outpu
         )
 
     return refuse
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{type(value).__name__} with keys {', '.join(map(str, value))}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {', '.join(type(v).__name__ for v in value)}"
-    return type(value).__name__
 
 
 class _Hook:

@@ -1,0 +1,218 @@
+"""EKFAC: K-FAC's eigenbasis, with the eigenvalues that are right for it.
+
+George et al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis" (arXiv 1806.03884):
+in the eigenbasis U_G ⊗ U_A of K-FAC's A ⊗ G, the diagonal S = E[(U_Gᵀ ∇W U_A)²] of F is the best choice of eigenvalues
+in Frobenius norm (their §3.2), whereas K-FAC's products of eigenvalues are one choice among others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from natgrad.errors import ConfigError, StepError
+from natgrad.linalg import eigendecomposition
+from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
+from natgrad.metrics.factors import FactorEstimate, Factors, Sharing, check_sharing
+from natgrad.metrics.layers import Layer, columns_of
+from natgrad.metrics.refresh import Refresh
+from natgrad.metrics.squares import add_squares
+from natgrad.operators import BlockDiagonal, EigenKronecker, LinearOperator
+from natgrad.tape.records import Block
+
+# `natgrad.fisher` keeps inputs and signals of the first sweep, up to so many bytes, to save the second one.
+KEPT_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class EKFAC(Metric):
+    """F ≈ blockdiag((U_G ⊗ U_A) diag(S) (U_G ⊗ U_A)ᵀ): K-FAC's eigenbasis, and F's diagonal in it.
+
+    Its trace is F's, and it is at least as near to F in Frobenius norm as K-FAC is, layer by layer. Scores are summed
+    over positions that share a weight before they are squared, so that both hold there too.
+
+    The optimiser averages A and G as K-FAC does, and S in the present basis. When the basis is renewed, what S has
+    from earlier steps is re-expressed as the diagonal of the old operator in the new basis, which keeps its trace
+    and its horizon; the present step's part is computed in the new basis.
+
+    Attributes:
+        kind: the signals: sampled from the model ("mc"), every output column ("exact"), real gradients ("empirical"),
+            or random signs times a root of the outputs' Fisher information ("rademacher").
+        decay: ε of the running averages.
+        factors: observe the factors and S every so many steps; adapted to how fast the factors move if None.
+        refresh: renew the eigenbasis every so many steps; adapted likewise if None.
+        examples: at most so many examples of a batch are looked at, evenly spaced; None for all.
+        sharing: which factors give the basis where positions share a weight, as in `KFAC`.
+    """
+
+    kind: Kind = "mc"
+    decay: float = 0.95
+    factors: int | None = None
+    refresh: int | None = None
+    examples: int | None = 512
+    sharing: Sharing = "expand"
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        check_decay(self.decay)
+        Refresh(self.factors)
+        Refresh(self.refresh)
+        check_sharing(self.sharing)
+        if self.examples is not None and self.examples < 1:
+            raise ConfigError(f"examples={self.examples} must be at least 1, or None for all")
+
+    def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
+        """An estimate for the linear maps and convolutions among the parameters."""
+        return _EKFACEstimate(self, parameters)
+
+
+@dataclass
+class _Eigen:
+    """One block's basis and the running sum behind S, with an axis for the groups: [groups, ...]."""
+
+    U_A: Float[Tensor, "groups i i"]
+    U_G: Float[Tensor, "groups o o"]
+    total: Float[Tensor, "groups o i"]
+
+    def turn(self, U_A: Tensor, U_G: Tensor) -> None:
+        """Takes a new basis, and S as the old operator's diagonal in it: (R_G²) S (R_A²)ᵀ with R = Uᵀ_new U_old."""
+        rotation_A, rotation_G = (U_A.mT @ self.U_A).square_(), (U_G.mT @ self.U_G).square_()
+        self.total = rotation_G @ self.total @ rotation_A.mT
+        self.U_A, self.U_G = U_A, U_G
+
+
+@dataclass
+class _Kept:
+    """What one block did in some passes of a micro-batch, kept until its basis is known."""
+
+    factors: Factors
+    layer: Layer
+    numerator: float
+
+
+class _EKFACEstimate(FactorEstimate):
+    def __init__(self, metric: EKFAC, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters, metric.decay, metric.examples, metric.sharing)
+        self.kind = metric.kind
+        self._eigen: dict[str, _Eigen] = {}
+        self._observing = Refresh(metric.factors)
+        self._turning = Refresh(metric.refresh, longest=20)
+        self._kept: list[_Kept] = []
+        self._bytes = 0
+        self._second = False
+
+    def due(self, step: int) -> bool:
+        return self._observing.due(step)
+
+    def observe(self, observation: Observation) -> None:
+        due = self._turning.due(observation.step)
+        kept: dict[str, _Kept] = {}
+        for fed in self._feed(observation, factors_too=not self._second):
+            weight = fed.factors.block.weight
+            eigen = self._eigen.get(weight)
+            if eigen is not None and fed.decay != 1.0:
+                eigen.total.mul_(fed.decay)
+            if eigen is not None and (self._second or not due):
+                add_squares(eigen.total, fed.layer, eigen.U_A, eigen.U_G, fed.numerator)
+            elif self._keep(fed.layer, observation.again):
+                known = kept.get(weight)
+                layer = fed.layer if known is None else known.layer.with_passes_of(fed.layer)
+                kept[weight] = _Kept(fed.factors, layer, fed.numerator)
+        if self.sweeps == 1:
+            self._kept += kept.values()
+        if not self._second:
+            self._observing.took(observation.step)
+            self._observing.observed(self._sums())
+
+    def _keep(self, layer: Layer, again: bool) -> bool:
+        """Whether to keep what a block did until its basis is known; all goes where the data can be shown again."""
+        self._bytes += sum(t.numel() * t.element_size() for use in layer.uses for t in columns_of(use))
+        if again and self._bytes > KEPT_BYTES:
+            self.sweeps, self._kept = 2, []
+        return self.sweeps == 1
+
+    def next_sweep(self) -> None:
+        self._turn(self._blocks)
+        self._second = True
+
+    def _added(self, weight: str) -> None:
+        pass  # its basis comes when its factors are whole
+
+    def _turn(self, weights: Iterable[str]) -> None:
+        """The eigenbasis of the present factors of some blocks, with what S has re-expressed in it."""
+        for weight in weights:
+            factors = self._blocks[weight]
+            (A, G), layer = factors.averages(), factors.space.label
+            U_A, U_G = (
+                eigendecomposition(matrix, layer=layer, factor=side)[1].reshape(-1, *matrix.shape[-2:])
+                for side, matrix in (("A", A), ("G", G))
+            )
+            if weight in self._eigen:
+                self._eigen[weight].turn(U_A, U_G)
+            else:
+                total = A.new_zeros(len(U_A), U_G.shape[-1], U_A.shape[-1])
+                self._eigen[weight] = _Eigen(U_A, U_G, total)
+
+    def _settle(self, step: int | None = None) -> None:
+        """Renews the basis where records wait for it, and adds their squares."""
+        if not self._kept:
+            return
+        self._turn({kept.factors.block.weight: None for kept in self._kept})
+        for kept in self._kept:
+            eigen = self._eigen[kept.factors.block.weight]
+            add_squares(eigen.total, kept.layer, eigen.U_A, eigen.U_G, kept.numerator)
+        self._kept, self._bytes = [], 0
+        if step is not None:
+            self._turning.took(step)
+            self._turning.observed(self._sums())
+
+    def _values(self, weight: str) -> tuple[Tensor, Tensor, Tensor]:
+        """U_A, U_G and S, without an axis for one group."""
+        eigen, factors = self._eigen[weight], self._blocks[weight]
+        S = eigen.total / factors.G_weight.total
+        found = eigen.U_A, eigen.U_G, S
+        return found if factors.block.groups > 1 else (found[0][0], found[1][0], found[2][0])
+
+    def operator(self) -> LinearOperator:
+        self._settle()
+        if not self._eigen:
+            raise StepError("no eigenvalue was observed yet: run a forward pass and the loss before step()")
+        blocks = [EigenKronecker(self._blocks[weight].space, *self._values(weight)) for weight in self._eigen]
+        return BlockDiagonal(self.space.restrict(n for b in blocks for n in b.space.names), blocks)
+
+    def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
+        self._settle(step)
+        if not self._eigen:
+            raise StepError("no eigenvalue was observed yet: run a forward pass and the loss before step()")
+        direction: dict[str, Tensor] = {}
+        for weight in self._eigen:
+            factors = self._blocks[weight]
+            names = factors.block.names
+            if any(name in gradient for name in names):  # a bias may be frozen, or its weight
+                zeros = {n: torch.zeros_like(self.parameters[n]) for n in names if n not in gradient}
+                given = {n: zeros[n] if n in zeros else gradient[n] for n in names}
+                operator = EigenKronecker(factors.space, *self._values(weight))
+                direction |= dict(operator.solve(given, damping))
+        return direction
+
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return {
+            "blocks": {w: f.state_dict() for w, f in self._blocks.items()},
+            "eigen": {w: (e.U_A, e.U_G, e.total) for w, e in self._eigen.items()},
+            "observing": self._observing.state_dict(),
+            "turning": self._turning.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._blocks, self._kept, self._bytes = {}, [], 0
+        for saved in state["blocks"].values():
+            self._factors(Block(**saved["block"])).load_state_dict(saved)
+        self._eigen = {w: _Eigen(*(t.clone() for t in saved)) for w, saved in state["eigen"].items()}
+        self._observing.load_state_dict(state["observing"])
+        self._turning.load_state_dict(state["turning"])

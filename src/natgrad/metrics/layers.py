@@ -1,0 +1,211 @@
+"""What each linear map did in a micro-batch, for the metrics that go layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from natgrad.linalg import accumulate_gram
+from natgrad.metrics.patches import CACHED, add_patch_moments, sum_of_patches
+from natgrad.operators.layerrows import LayerRows, Use, positions_first
+from natgrad.operators.readings import Patches, Positions, Reading
+from natgrad.tape.columns import LayerColumns
+from natgrad.tape.passes import SignalPass
+from natgrad.tape.records import Block
+
+# Below so many outputs, products of single examples take less memory than their signals.
+SMALL = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A block's uses in a micro-batch, with the signals of one pass or of several.
+
+    Attributes:
+        block: the parameters that acted.
+        uses: how. Their examples are the micro-batch's; where one did not act on the batch, all positions of all uses
+            are those of a single example, as nothing says which belong together.
+    """
+
+    block: Block
+    uses: tuple[Use, ...]
+
+    @property
+    def examples(self) -> int:
+        """How many examples there are."""
+        return len(self.uses[0].reading)
+
+    @property
+    def positions(self) -> int:
+        """How many positions of an example share the weight, over all uses."""
+        return sum(use.reading.positions for use in self.uses)
+
+    def with_passes_of(self, other: Layer) -> Layer:
+        """The same micro-batch's uses, with the signals of further passes."""
+        pairs = zip(self.uses, other.uses, strict=True)
+        uses = (dataclasses.replace(a, signals=columns_of(a) + columns_of(b)) for a, b in pairs)
+        return Layer(self.block, tuple(uses))
+
+    @property
+    def rows(self) -> LayerRows:
+        """The block's rows of J."""
+        return LayerRows(self.block.weight, self.block.bias, self.uses)
+
+    def add_inputs(
+        self,
+        total: Float[Tensor, "*groups i i"],
+        decay: float,
+        weights: Float[Tensor, "n"] | None = None,
+        reduce: bool = False,
+    ) -> float:
+        """Total ← decay · total + Σ ã ãᵀ over examples and positions; or over examples, of the mean position.
+
+        Args:
+            total: square, with the homogeneous coordinate if the block has a bias.
+            decay: what remains of it.
+            weights: a factor of each example; 1 if None.
+            reduce: whether positions are averaged first.
+
+        Returns:
+            How many rows were added, each counted by its weight.
+        """
+        roots = None if weights is None or len(weights) != self.examples else weights.sqrt()
+        count = float(self.examples if roots is None else roots.square().sum())
+        if reduce and self.positions > 1:
+            mean = torch.stack([_summed(use) for use in self.uses]).sum(0) / self.positions
+            biased = sum(use.reading.positions for use in self.uses if use.biased) / self.positions
+            _add_inputs(total, Positions(mean.flatten(1)[:, None], self.block.groups), biased, decay, roots)
+            return count
+        for use in self.uses:
+            _add_inputs(total, use.reading, float(use.biased), decay, roots)
+            decay = 1.0
+        return count * self.positions
+
+    def gram_of_signals(self, reduce: bool = False) -> Float[Tensor, "*groups o o"]:
+        """Σ g gᵀ over passes, examples and positions; or over passes and examples, of the sum over positions."""
+        block, first = self.block, columns_of(self.uses[0])[0]
+        total = first.new_zeros(block.groups, block.outputs, block.outputs)
+        if reduce and self.positions > 1:
+            for parts in zip(*map(columns_of, self.uses), strict=True):
+                together = torch.stack([g.sum(-1) for g in parts]).sum(0)
+                _add_signals(total, together[..., None])
+        else:
+            for column in (column for use in self.uses for column in columns_of(use)):
+                _add_signals(total, column)
+        return total if block.groups > 1 else total[0]
+
+
+def layers_of(
+    passes: Sequence[SignalPass], parameters: Mapping[str, nn.Parameter], stride: int = 1
+) -> list[Layer]:
+    """The blocks that acted in a forward pass, with the signals of several passes back.
+
+    Args:
+        passes: at least one, of one forward pass.
+        parameters: whose blocks are wanted.
+        stride: one in so many examples is taken.
+    """
+    first = passes[0]
+    calls: dict[Block, list[LayerColumns]] = {}
+    signals = [one.signals for one in passes]
+    for call in first.tape.columns(first.outputs, signals, first.examples, parameters.keys()):
+        calls.setdefault(call.block, []).append(call)
+    layers = []
+    for block, own in calls.items():
+        dtype = parameters[block.weight].dtype
+        uses = [use for use in (call.use(dtype) for call in own) if use is not None]
+        if len(uses) < len(own):
+            uses = [_as_one_example(call, dtype) for call in own]
+        else:
+            uses = [_thinned(use, stride) for use in uses]
+        layers.append(Layer(block, tuple(uses)))
+    return layers
+
+
+def columns_of(use: Use) -> tuple[Float[Tensor, "n g o s"], ...]:
+    """The signals of each pass."""
+    return use.signals if isinstance(use.signals, tuple) else use.signals.unbind(1)
+
+
+def _thinned(use: Use, stride: int) -> Use:
+    if stride == 1:
+        return use
+    signals = tuple(column[::stride] for column in columns_of(use))
+    return Use(_changed(use.reading, lambda values: values[::stride]), signals, use.biased)
+
+
+def _as_one_example(call: LayerColumns, dtype: torch.dtype) -> Use:
+    geometry, groups = call.geometry, call.geometry.groups
+    inputs = geometry.inputs(call.raw_inputs.to(dtype), call.examples)
+    signals = [geometry.signals(g.to(dtype), call.examples) for g in call.raw_signals]
+    return Use(
+        Positions(inputs.reshape(1, -1, inputs.shape[-1]), groups),
+        tuple(g.reshape(1, -1, groups, call.block.outputs).permute(0, 2, 3, 1) for g in signals),
+        call.has_bias,
+    )
+
+
+def _changed(reading: Reading, change: Callable[[Tensor], Tensor]) -> Reading:
+    if isinstance(reading, Patches):
+        return dataclasses.replace(reading, images=change(reading.images))
+    assert isinstance(reading, Positions)
+    return Positions(change(reading.values), reading.groups)
+
+
+def _summed(use: Use) -> Float[Tensor, "n g f"]:
+    """Inputs summed over positions."""
+    reading, step = use.reading, len(use.reading)
+    if isinstance(reading, Patches):
+        step = max(1, CACHED // (reading.groups * reading.features * reading.positions))
+    parts = [slice(start, start + step) for start in range(0, len(reading), step)]
+    return torch.cat([reading.vectors(part).sum(-1) for part in parts])
+
+
+def _add_inputs(
+    total: Tensor, reading: Reading, biased: float, decay: float, roots: Float[Tensor, "n"] | None
+) -> None:
+    """Total ← decay · total + Σₙₛ wₙ ã ãᵀ, given √w; the homogeneous coordinate is the last row and column."""
+    features, size = reading.features, total.shape[-1]
+    blocks = total.view(-1, size, size)
+    inner = blocks[:, :features, :features]
+    weighted = roots is not None
+    if roots is None:
+        roots = total.new_ones(len(reading))
+    else:
+        reading = _changed(reading, lambda x: x * roots.view(-1, *[1] * (x.ndim - 1)))
+    if isinstance(reading, Patches):
+        add_patch_moments(inner, reading, decay)
+        sums = sum_of_patches(reading, roots) if size > features else None
+    else:
+        rows = reading.vectors(slice(None)).permute(1, 0, 3, 2)  # [groups, n, s, f]
+        flat = [x.reshape(-1, features) for x in rows]
+        for own, x in zip(inner, flat, strict=True):
+            accumulate_gram(own, x, decay, 1.0)
+        if size == features:
+            sums = None
+        elif weighted:
+            sums = torch.einsum("n,gnsf->gf", roots, rows)
+        else:
+            sums = torch.stack([x.sum(0) for x in flat])
+    if sums is not None:
+        edge = blocks[:, :features, features].mul_(decay).add_(sums, alpha=biased)
+        blocks[:, features, :features] = edge
+        corner = roots.square().sum() * (reading.positions * biased**2)
+        blocks[:, features, features] = decay * blocks[:, features, features] + corner
+
+
+def _add_signals(total: Float[Tensor, "g o o"], signals: Float[Tensor, "n g o s"]) -> None:
+    """Total ← total + Σₙₛ g gᵀ."""
+    by_position = positions_first(signals)
+    for k, own in enumerate(total):
+        g = signals[:, k]
+        if by_position:
+            accumulate_gram(own, g.transpose(1, 2).flatten(0, 1), 1.0, 1.0)
+        elif len(own) <= SMALL:
+            own += torch.bmm(g, g.mT).sum(0)
+        else:
+            own.addbmm_(g, g.mT)
