@@ -26,6 +26,7 @@ ORDER = (
     "tape",
     "distributed",
     "metrics",
+    "information",
     "steps",
     "optim",
     "natgrad",  # the top-level __init__, which re-exports all that stands before it
@@ -36,7 +37,18 @@ ORDER = (
 TOP = "natgrad"
 
 # Importing natgrad needs none of these: they belong to the extra `lab`, or to the tests.
-NOT_CORE = ("matplotlib", "rich", "sklearn", "mlxtend", "pandas", "scipy", "pytest", "hypothesis", "beartype")
+NOT_CORE = (
+    "matplotlib",
+    "rich",
+    "sklearn",
+    "mlxtend",
+    "pandas",
+    "scipy",
+    "safetensors",
+    "pytest",
+    "hypothesis",
+    "beartype",
+)
 
 MOST_LINES = 400
 

@@ -2,6 +2,7 @@
 
 from natgrad.errors import (
     ConfigError,
+    ConvergenceWarning,
     CoverageWarning,
     EmptyError,
     ModelChangedError,
@@ -17,6 +18,7 @@ from natgrad.errors import (
     UnsupportedLossError,
     VectorError,
 )
+from natgrad.information import Divergence, fisher, ggn, hessian, kl, length
 from natgrad.likelihoods import (
     Bernoulli,
     Categorical,
@@ -26,35 +28,53 @@ from natgrad.likelihoods import (
     Likelihood,
     Poisson,
 )
-from natgrad.metrics import KFAC, Dense, Diagonal, Euclidean, Metric
-from natgrad.operators import LinearOperator, ParameterSpace
+from natgrad.metrics import (
+    EKFAC,
+    KFAC,
+    Block,
+    Dense,
+    Diagonal,
+    Euclidean,
+    Gram,
+    LowRank,
+    MatrixFree,
+    Metric,
+)
+from natgrad.operators import LinearOperator, ParameterSpace, load_operator
 from natgrad.optim import Coverage, NaturalGradient, StepInfo
 from natgrad.steps import L2, AdaptiveStep, ConstantDamping, Damping, FixedStep, LevenbergMarquardt
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EKFAC",
     "KFAC",
     "L2",
     "AdaptiveStep",
     "Bernoulli",
+    "Block",
     "Categorical",
     "ConfigError",
     "ConstantDamping",
+    "ConvergenceWarning",
     "Coverage",
     "CoverageWarning",
     "Damping",
     "Dense",
     "Diagonal",
     "DiagonalLikelihood",
+    "Divergence",
     "EmptyError",
     "Euclidean",
     "FixedStep",
     "Gaussian",
+    "Gram",
     "HeteroscedasticGaussian",
     "LevenbergMarquardt",
     "Likelihood",
     "LinearOperator",
+    "LowRank",
+    "MatrixFree",
     "Metric",
     "ModelChangedError",
     "NatgradError",
@@ -72,4 +92,10 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedLossError",
     "VectorError",
+    "fisher",
+    "ggn",
+    "hessian",
+    "kl",
+    "length",
+    "load_operator",
 ]
