@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOG := $(VENV)/install.log
+PEERS := tests/peers/requirements.txt
 
 # constraints.txt is the one place that pins torch. It is named to pip explicitly as well, so that a wheel of
 # exactly that release on this machine is taken before anything newer.
@@ -50,7 +51,7 @@ clean: ## remove .venv and what the tools left behind
 
 # What pip says goes to the log (its warnings about this machine's mirrors would drown an error); a failure shows
 # its end.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(PEERS)
 	@python=""; \
 	for candidate in $(CANDIDATES); do \
 	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then \
@@ -71,7 +72,9 @@ $(STAMP): pyproject.toml constraints.txt
 	fi; \
 	echo "Installing natgrad and its tools into $(VENV) (a few minutes the first time; log: $(LOG)) …"; \
 	if ! $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
-	        -c constraints.txt '$(TORCH)' -e '.[lab,test,dev]' >$(LOG) 2>&1; then \
+	        -c constraints.txt '$(TORCH)' -e '.[lab,test,dev]' >$(LOG) 2>&1 \
+	    || ! $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
+	        --no-deps -r $(PEERS) >>$(LOG) 2>&1; then \
 	    grep -v '^WARNING: Location' $(LOG) | tail -n 20 >&2 || true; \
 	    echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; \
 	fi; \
