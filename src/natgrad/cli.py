@@ -1,4 +1,4 @@
-"""The command line: race, report, inspect, demo, version.
+"""The command line: race, report, inspect, fisher, demo, version.
 
 No traceback reaches its user: an error raised on purpose is one red line and exit code 2, an interruption says how to
 go on and is 130, a fault of natgrad's own is one line that says how to see more, and 1.
@@ -25,6 +25,7 @@ _EXAMPLES = """examples:
   natgrad race two-coordinates                          see the invariance
   natgrad report races/digits-300-steps                 the page again
   natgrad inspect my_module:my_model                    what natgrad would do with a model
+  natgrad fisher my_module:my_case --plot spectrum.png  the spectrum of a model's Fisher information
 """
 
 
@@ -82,6 +83,28 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size", type=_whole, help="examples a step (default: the example's, or the problem's)"
     )
     inspect.set_defaults(run=_inspect)
+
+    fisher = commands.add_parser(
+        "fisher", help="the spectrum of a model's Fisher information, and its hardest layers"
+    )
+    fisher.add_argument("case", metavar="MODULE:FACTORY",
+                        help="gives (model, loss_fn, data); a problem's name works too")  # fmt: skip
+    fisher.add_argument("--metric", metavar="NAME", default="kfac",
+                        help="the representation: kfac, ekfac, block, diagonal, dense, … (%(default)s)")  # fmt: skip
+    fisher.add_argument("--kind", metavar="NAME",
+                        help="exact, mc, rademacher or empirical (default: exact; mc beyond 100 outputs)")  # fmt: skip
+    fisher.add_argument(
+        "--damping",
+        metavar="λ",
+        type=_positive,
+        help="of the effective dimension (default: one over the examples)",
+    )
+    fisher.add_argument("--examples", metavar="N", type=_whole, help="the first N of the data (default: all)")
+    fisher.add_argument(
+        "--save", metavar="FILE", type=Path, help="write the operator; natgrad.load_operator reads it"
+    )
+    fisher.add_argument("--plot", metavar="FILE", type=Path, help="draw the spectrum: a .png, .svg or .pdf")
+    fisher.set_defaults(run=_fisher)
 
     demo = commands.add_parser("demo", help="two minutes: the deep autoencoder on real digits, then the page")
     demo.add_argument(
@@ -217,6 +240,26 @@ def _inspect(options: argparse.Namespace) -> int:
     from natgrad.lab.inspect import inspect_model, render
 
     print(render(inspect_model(options.model, options.batch_size)), flush=True)
+    return 0
+
+
+def _fisher(options: argparse.Namespace) -> int:
+    from natgrad.lab import spectrum, spectrum_view
+
+    if options.plot:
+        spectrum_view.require_picture(options.plot)
+    if options.save:
+        spectrum_view.require_savable(options.save, options.metric)
+    found = spectrum.fisher_of(
+        options.case, options.metric, options.kind, damping=options.damping, examples=options.examples
+    )
+    print(spectrum_view.render(found), flush=True)
+    if options.save:
+        spectrum_view.save_operator(found, options.save)
+        print(f"operator: {options.save.resolve()}", flush=True)
+    if options.plot:
+        spectrum_view.save_figure(found, options.plot)
+        print(f"plot: {options.plot.resolve()}", flush=True)
     return 0
 
 

@@ -21,6 +21,12 @@ METRICS: dict[str, Any] = {
     "dense": "dense",
     "kfac": "kfac",
     "kfac-lazy": natgrad.KFAC(kind="empirical", factors=2, inverses=3),
+    "ekfac": "ekfac",
+    "ekfac-lazy": natgrad.EKFAC(kind="empirical", factors=2, refresh=3),
+    "block": "block",
+    "gram": "gram",
+    "matrixfree": "matrixfree",
+    "lowrank": "lowrank",
 }
 MODES: dict[str, dict[str, Any]] = {
     "adaptive": {},
