@@ -26,7 +26,7 @@ def test_the_snippets_run_in_order() -> None:
     loss_fn = nn.CrossEntropyLoss()
     before = loss_fn(model(inputs), targets).item()
     names: dict[str, object] = {"model": model, "loader": loader}
-    assert len(blocks()) == 3
+    assert len(blocks()) == 4
     for block in blocks():
         exec(compile(block, str(README), "exec"), names)
     assert loss_fn(model(inputs), targets).item() < 0.2 * before
