@@ -89,6 +89,19 @@ def test_it_works_where_gradients_are_off() -> None:
         torch.testing.assert_close(natgrad.fisher(model, CE, (x, y), "dense").to_dense(), F)
 
 
+@pytest.mark.parametrize("metric", sorted(METRICS.keys() - {"euclidean"}))
+def test_under_autocast_the_operator_has_the_parameters_precision(metric: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4), nn.ReLU(), nn.Linear(4, 3)
+    )
+    x, y = torch.randn(8, 1, 4, 4), torch.randint(3, (8,))
+    plain = natgrad.fisher(model, CE, (x, y), metric)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = natgrad.fisher(model, CE, (x, y), metric)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.trace(), plain.trace(), rtol=0.1, atol=0)
+
+
 def test_dropout_has_the_masks_of_the_seed() -> None:
     model, (x, y) = nn.Sequential(nn.Dropout(0.5), net()), data(8)
     one, other = (natgrad.fisher(model, CE, (x, y), "matrixfree", seed=s).to_dense() for s in (0, 1))

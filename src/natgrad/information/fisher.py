@@ -97,7 +97,9 @@ def fisher(
         )
     survey = Survey(model, likelihood_from(likelihood), batches, outputs, Weights(weights), seed)
     surveyor = _Surveyor(survey, chosen, parameters)
-    with torch.inference_mode(False), torch.enable_grad(), _shown(progress) as told:
+    # The model may run under autocast, as in training; what is made of its signals keeps the parameters' precision.
+    plain = torch.autocast(next(iter(parameters.values())).device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), plain, _shown(progress) as told:
         operator = surveyor.run(told)
     if surveyor.announced:
         _announce(surveyor.announced)

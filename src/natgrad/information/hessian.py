@@ -39,7 +39,7 @@ def ggn(
     Raises:
         EmptyError, ConfigError, OutputError, TargetError, NonFiniteError, UnsupportedLossError: as `natgrad.fisher`.
     """
-    likelihood = likelihood_from(likelihood)
+    parameters, likelihood = trainable(model, params), likelihood_from(likelihood)
     definite = not isinstance(likelihood, HeteroscedasticGaussian)
     survey = Survey(
         model, likelihood, Batches(data, batch_size), outputs, Weights(weights), seed, "natgrad.ggn"
@@ -51,7 +51,7 @@ def ggn(
             snapshot, names, sight.batch, survey.find_outputs, in_outputs, sight.rng_state
         )
 
-    return _operator(survey, trainable(model, params), replay, definite)
+    return _operator(survey, parameters, replay, definite)
 
 
 def hessian(
@@ -76,7 +76,7 @@ def hessian(
     Raises:
         EmptyError, ConfigError, OutputError, TargetError, NonFiniteError, UnsupportedLossError: as `natgrad.fisher`.
     """
-    likelihood = likelihood_from(likelihood)
+    parameters, likelihood = trainable(model, params), likelihood_from(likelihood)
     survey = Survey(
         model, likelihood, Batches(data, batch_size), outputs, Weights(weights), seed, "natgrad.hessian"
     )
@@ -86,7 +86,7 @@ def hessian(
             snapshot, names, sight.batch, survey.find_outputs, likelihood, sight.weights, sight.rng_state
         )
 
-    return _operator(survey, trainable(model, params), replay, definite=False)
+    return _operator(survey, parameters, replay, definite=False)
 
 
 def _operator(

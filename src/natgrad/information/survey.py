@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,13 @@ class Survey:
     weights: Weights = field(default_factory=lambda: Weights(None))
     seed: int = 0
     asker: str = "natgrad.fisher"
+    _autocast: Callable[[], AbstractContextManager[Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = next((p.device.type for p in self.model.parameters()), "cpu")
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        user = functools.partial(torch.autocast, device, dtype, enabled=enabled)
+        object.__setattr__(self, "_autocast", user if enabled else contextlib.nullcontext)
 
     def find_outputs(self, returned: Any) -> Outputs:
         """The likelihood's outputs among what the model returned.
@@ -125,7 +133,7 @@ class Survey:
         parameters: dict[str, Tensor],
     ) -> float:
         state = torch.get_rng_state()
-        with listening():
+        with listening(), self._autocast():
             returned = self._call(batch, parameters)
         outputs = self.find_outputs(returned)
         examples = count_examples(batch.args, batch.kwargs, outputs)

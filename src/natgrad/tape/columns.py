@@ -71,7 +71,10 @@ class LayerColumns:
 
 
 def send_back(
-    outputs: Sequence[Tensor], edges: Sequence[GradientEdge], signals: Sequence[Sequence[Tensor]]
+    outputs: Sequence[Tensor],
+    edges: Sequence[GradientEdge],
+    signals: Sequence[Sequence[Tensor]],
+    nbytes: int,
 ) -> list[tuple[Tensor | None, ...]]:
     """What becomes of several sets of signals at some edges of the graph, which is kept.
 
@@ -79,18 +82,14 @@ def send_back(
         outputs: where signals start; each needs a gradient.
         edges: where they are read.
         signals: for each pass, a tensor for each output.
+        nbytes: what one pass brings to the edges.
 
     Returns:
         For each pass, a tensor for each edge; None where it depends on no output.
     """
-    if not signals:
-        return []
-    found = [_one(outputs, edges, signals[0])]
-    size = sum(g.numel() * g.element_size() for g in found[0] if g is not None)
-    rest = signals[1:]
-    if len(rest) > 1 and size * len(rest) <= BATCHED_BYTES:
+    if len(signals) > 1 and nbytes * len(signals) <= BATCHED_BYTES:
         try:
-            stacked = [torch.stack(parts) for parts in zip(*rest, strict=True)]
+            stacked = [torch.stack(parts) for parts in zip(*signals, strict=True)]
             with warnings.catch_warnings():  # what can only be batched by a loop is
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
                 batched = torch.autograd.grad(
@@ -99,9 +98,9 @@ def send_back(
         except RuntimeError:  # an operation that can't be batched at all
             pass
         else:
-            columns = [[None] * len(rest) if g is None else g.unbind() for g in batched]
-            return found + list(zip(*columns, strict=True))
-    return found + [_one(outputs, edges, one) for one in rest]
+            columns = [[None] * len(signals) if g is None else g.unbind() for g in batched]
+            return list(zip(*columns, strict=True))
+    return [_one(outputs, edges, one) for one in signals]
 
 
 def _one(

@@ -134,7 +134,10 @@ class Tape:
         if not calls or not live:
             return []
         found = send_back(
-            [outputs[k] for k in live], [call.edge for call in calls], [[s[k] for k in live] for s in signals]
+            [outputs[k] for k in live],
+            [call.edge for call in calls],
+            [[s[k] for k in live] for s in signals],
+            sum(call.nbytes for call in calls),
         )
         return [
             LayerColumns(
