@@ -82,3 +82,11 @@ def test_targets_must_be_one_a_row() -> None:
         operator.dual_solve(torch.ones(5, dtype=DTYPE), 0.1)
     with pytest.raises(ConfigError, match="damping"):
         operator.dual_solve(torch.ones(6, dtype=DTYPE), -0.1)
+
+
+def test_sums_join_the_rows() -> None:
+    (left, J), (right, L) = few(0), few(1)
+    both = left + right
+    assert isinstance(both, Gram)
+    assert len(both.rows) == 12
+    assert_close(both.to_dense(), J.T @ J + L.T @ L)

@@ -268,3 +268,13 @@ def test_large_ones_are_small_where_rows_are_few(monkeypatch: pytest.MonkeyPatch
     assert_close(operator.eigenvalues(6), torch.linalg.eigvalsh(F).flip(0)[:6], rtol=1e-8, atol=1e-9)
     same = Dense(rows.space, F)
     assert_close(operator.trace(), same.trace())
+
+
+def test_sums_stay_matrix_free() -> None:
+    kinds = list(CASES)
+    for left, right in [(a, b) for a in kinds for b in kinds]:
+        one, other = CASES[left](1, 3, 2), CASES[right](2, 3, 2)
+        both = one.operator + other.operator
+        assert isinstance(both, MatrixFree)
+        agrees(both, one.dense + other.dense)
+    assert (CASES["guided"](1, 3, 2).operator + CASES["guided"](2, 3, 2).operator).preconditioner is not None

@@ -1,4 +1,4 @@
-"""Plain tensors in, plain tensors out: factorisations, Gram products, and the only vec convention."""
+"""Plain tensors in, plain tensors out: factorisations, Gram products, iterations, and the only vec convention."""
 
 from natgrad.linalg.factorise import (
     Stage,
@@ -8,20 +8,28 @@ from natgrad.linalg.factorise import (
     inverse_from_cholesky,
 )
 from natgrad.linalg.gram import accumulate_gram, symmetric_gram
+from natgrad.linalg.iterate import Convergence, conjugate_gradients, minimal_residuals
 from natgrad.linalg.kronecker import join, kronecker_dense, kronecker_matmul, split
+from natgrad.linalg.lanczos import Eigenpairs, Lanczos, largest_eigenpairs
 from natgrad.linalg.stochastic import Estimated
 
 __all__ = [
+    "Convergence",
+    "Eigenpairs",
     "Estimated",
+    "Lanczos",
     "Stage",
     "accumulate_gram",
     "cholesky",
     "cholesky_inverse",
+    "conjugate_gradients",
     "eigendecomposition",
     "inverse_from_cholesky",
     "join",
     "kronecker_dense",
     "kronecker_matmul",
+    "largest_eigenpairs",
+    "minimal_residuals",
     "split",
     "symmetric_gram",
 ]

@@ -16,8 +16,10 @@ from natgrad.operators.blocks import BlockDiagonal
 from natgrad.operators.checks import check_scalar
 from natgrad.operators.dense import Dense
 from natgrad.operators.diagonal import Diagonal
+from natgrad.operators.gram import Gram
 from natgrad.operators.hooks import Rows
 from natgrad.operators.identity import ScaledIdentity
+from natgrad.operators.matrixfree import MatrixFree
 from natgrad.operators.saving import describe_parts, rebuild_parts
 from natgrad.operators.space import ParameterSpace
 
@@ -253,6 +255,10 @@ def add(left: LinearOperator, right: LinearOperator) -> LinearOperator:
         return Diagonal(left.space, values)
     if isinstance(left, Dense) and isinstance(right, Dense):
         return Dense(left.space, left.matrix + right.matrix)
+    if isinstance(left, Gram) and isinstance(right, Gram):
+        return Gram(left.rows + right.rows)
+    if isinstance(left, MatrixFree) and isinstance(right, MatrixFree):
+        return left.joined(right)
     if isinstance(left, BlockDiagonal) and isinstance(right, BlockDiagonal):
         matching = {block.space.entries: block for block in right.blocks}
         if all(block.space.entries in matching for block in left.blocks):

@@ -287,6 +287,18 @@ class MatrixFree(LinearOperator):
         names = (f.name for f in dataclasses.fields(self) if f.init)
         return MatrixFree(**({name: getattr(self, name) for name in names} | {"product": product} | changes))
 
+    def joined(self, other: MatrixFree) -> MatrixFree:
+        """The sum with another of its kind, on the same space: rows join, and products add up."""
+        rows = [one.rows for one in (self, other) if one.rows is not None]
+        products = [one.product for one in (self, other) if one.product is not None]
+        near = self.preconditioner, other.preconditioner
+        return self._with(
+            None if not products else products[0] if len(products) == 1 else _summed(*products),
+            rows=None if not rows else rows[0] if len(rows) == 1 else rows[0] + rows[1],
+            preconditioner=None if near[0] is None or near[1] is None else near[0] + near[1],
+            definite=self.definite and other.definite,
+        )
+
     def _scaled(self, scale: float) -> LinearOperator:
         product, near = self.product, self.preconditioner
         return self._with(
@@ -331,6 +343,14 @@ class MatrixFree(LinearOperator):
         cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]
     ) -> MatrixFree:
         raise ConfigError("an operator that is known by its products can't be saved")
+
+
+def _summed(left: Product, right: Product) -> Product:
+    def total(rows: Rows) -> Rows:
+        own, more = left(rows), right(rows)
+        return {name: own[name] + more[name] for name in own}
+
+    return total
 
 
 def _scaled(product: Product, scale: float) -> Product:
