@@ -7,7 +7,8 @@ the precision Nₖ Fₖ, and the next tasks carry it as a prior (Kirkpatrick et 
     loss(θ) + (strength / N) Σₖ Nₖ ½ (θ − θ*ₖ)ᵀ Fₖ (θ − θ*ₖ).
 
 The penalty is the quadratic prediction of KL(p_θ*ₖ ‖ p_θ): how far the answers to old questions move. `F.kl(δ)` is just
-that, and differentiable.
+that, and differentiable. Strength 1 is Bayes's own; like everybody we need more, as F at θ*ₖ knows only θ*ₖ's
+surroundings. Each metric has the best of a grid on a run of its own (seed 0), which the table leaves out.
 
     python examples/continual.py [--plot FILE]
 """
@@ -26,6 +27,7 @@ import natgrad
 from natgrad.lab import data
 
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
+STRENGTHS = {"euclidean": 30_000.0, "diagonal": 10_000.0, "kfac": 100.0}
 
 Task = tuple[Tensor, Tensor]
 Penalty = Callable[[dict[str, Tensor]], Tensor]
@@ -41,9 +43,8 @@ class Outcome(NamedTuple):
 
 def main(
     examples: int = 800,
-    epochs: int = 20,
-    strength: float = 1.0,
-    seeds: Sequence[int] = (0, 1),
+    epochs: int = 10,
+    seeds: Sequence[int] = (1, 2),
     plot: Path | None = None,
 ) -> dict[str, Outcome]:
     """Learns the tasks with no penalty and with three, and returns what is left of each task at the end."""
@@ -57,7 +58,7 @@ def main(
     print(f"five tasks of {examples} digits each; means of {len(seeds)} runs\n")
     print(f"{'':<24}{'accuracy at the end':>20}{'forgetting':>13}")
     for name, metric in learners.items():
-        runs = [learn(metric, examples, epochs, strength, seed) for seed in seeds]
+        runs = [learn(metric, examples, epochs, STRENGTHS.get(metric or "", 0.0), seed) for seed in seeds]
         mean = torch.tensor([(r.final, r.forgetting) for r in runs]).mean(0).tolist()
         outcomes[name] = Outcome(mean[0], mean[1], runs[0].table)
         print(f"{name:<24}{mean[0]:>20.1%}{mean[1]:>13.1%}")

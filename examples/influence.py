@@ -106,7 +106,7 @@ def draw(hits: dict[str, Tensor], planted: int, path: Path) -> None:
         axes.set_xlim(0, 5 * planted)
         axes.set_xlabel("examples looked at, in the order of the ranking")
         axes.set_ylabel("share of the wrong labels found")
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.18))
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.28))
         figure.savefig(path, dpi=150)
 
 

@@ -118,7 +118,7 @@ def draw(fit: Fit, path: Path) -> None:
         axes.set_yticks(list(at), names)
         axes.invert_yaxis()
         axes.set_xlabel("effect on log E[visits], with 95 % intervals")
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper right")
         figure.savefig(path, dpi=150)
 
 

@@ -51,7 +51,7 @@ def main(
                 f"{m.step:>8}{m.loss:>12.2e}{float(m.values[0]):>12.3g}{m.trace:>12.3g}{m.effective:>22.1f}"
             )
     if plot:
-        draw(runs, plot)
+        draw(runs, 1 / train, plot)
     return runs
 
 
@@ -75,8 +75,8 @@ def run(make: Optimiser, steps: Sequence[int], examples: tuple[Tensor, Tensor]) 
     return moments
 
 
-def draw(runs: dict[str, list[Moment]], path: Path) -> None:
-    """The spectra of each run, early ones light and late ones dark, and the effective dimension."""
+def draw(runs: dict[str, list[Moment]], level: float, path: Path) -> None:
+    """The spectra of each run, early ones light and late ones dark, λ as a line; and the effective dimension."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -91,12 +91,12 @@ def draw(runs: dict[str, list[Moment]], path: Path) -> None:
                 values = moment.values[moment.values > 1e-9]
                 axes.loglog(range(1, len(values) + 1), values, color=shades(0.1 + 0.9 * k / len(moments)),
                             linewidth=1.8, label=f"{moment.step}")  # fmt: skip
-            axes.axhline(1 / 1400, color=FAINT, linewidth=0.9, dashes=(4, 3))
+            axes.axhline(level, color=FAINT, linewidth=0.9, dashes=(4, 3))
             axes.set_ylim(1e-9, 5)
             axes.set_title(name)
             axes.set_xlabel("rank of the eigenvalue")
         panels[0].set_ylabel("eigenvalue of F, nats per parameter²")
-        panels[0].legend(title="step", loc="lower left", ncols=2)
+        panels[-1].legend(title="step", loc="lower left", ncols=2)
         for (name, moments), colour in zip(runs.items(), ("#D55E00", "#0072B2"), strict=True):
             last.plot([m.step for m in moments], [m.effective for m in moments], "o-", color=colour, ms=4,
                       linewidth=2, label=name)  # fmt: skip
