@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from natgrad.errors import ConfigError, EmptyError, NonFiniteError, OutputError, TargetError
@@ -20,6 +19,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import bare
 from natgrad.tape import Batch
 from natgrad.tape.outputs import Outputs, count_examples, find_outputs
+from natgrad.tape.substitute import call_with
 
 Progress = Callable[[int, "int | None"], None]
 
@@ -146,9 +146,7 @@ class Survey:
     def _call(self, batch: Batch, parameters: dict[str, Tensor]) -> Any:
         values = {name: buffer.clone() for name, buffer in self.model.named_buffers()} | parameters
         try:
-            if values:
-                return functional_call(self.model, values, batch.args, dict(batch.kwargs))
-            return self.model(*batch.args, **batch.kwargs)
+            return call_with(self.model, values, batch.args, batch.kwargs)
         except RuntimeError as error:
             reason = _mismatch(batch, self.model)
             if reason is None:

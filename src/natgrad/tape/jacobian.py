@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from natgrad.errors import OutputError
+from natgrad.tape.substitute import call_with
 
 Outputs = tuple[Tensor, ...]
 
@@ -92,7 +92,7 @@ def evaluate(
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with _undisturbed(rng_state):
-        returned = functional_call(model, {**buffers, **parameters}, batch.args, dict(batch.kwargs))
+        returned = call_with(model, {**buffers, **parameters}, batch.args, batch.kwargs)
     return find_outputs(returned)
 
 

@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from natgrad.errors import OutputError
@@ -29,6 +28,7 @@ from natgrad.tape.output_curvature import InOutputs, batched_grad, loops_allowed
 from natgrad.tape.output_curvature import of_likelihood as of_likelihood
 from natgrad.tape.output_curvature import of_loss as of_loss
 from natgrad.tape.output_curvature import of_signals as of_signals
+from natgrad.tape.substitute import call_with
 
 Rows = dict[str, Tensor]
 # Vectors that go through the model together.
@@ -192,7 +192,7 @@ class _Function:
         buffers = {name: value.clone() for name, value in self.snapshot.buffers.items()}
         values = {**self.snapshot.parameters, **buffers, **parameters}
         with self.snapshot.mode(), _undisturbed(self.rng_state):
-            returned = functional_call(self.snapshot.model, values, self.batch.args, dict(self.batch.kwargs))
+            returned = call_with(self.snapshot.model, values, self.batch.args, self.batch.kwargs)
         return self.find_outputs(returned)
 
     def leaves(self) -> Rows:
