@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from natgrad.errors import StepError
@@ -122,12 +121,10 @@ class _BlockEstimate(Estimate):
             names = [name for name in block.space.names if name in gradient]
             if not names:
                 continue
-            if len(names) < len(block.space.names):  # some of it is frozen
-                index = torch.cat([torch.arange(block.space.numel)[block.space.slices[n]] for n in names])
-                index = index.to(block.device)
-                block = DenseOperator(block.space.restrict(names), block.matrix[index[:, None], index])
-            direction |= dict(block.solve({name: gradient[name] for name in names}, damping))
-            _, stage = block.cholesky(damping)
+            moving = block.restrict(names)  # some of it may be frozen
+            assert isinstance(moving, DenseOperator)
+            direction |= dict(moving.solve({name: gradient[name] for name in names}, damping))
+            _, stage = moving.cholesky(damping)
             if stage is not Stage.CHOLESKY:
                 self.stages[block.space.label] = {"F": stage.value}
         return direction

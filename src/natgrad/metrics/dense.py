@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from natgrad.errors import ConfigError, StepError
@@ -87,23 +86,18 @@ class _DenseEstimate(Estimate):
         return self._operator
 
     def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
-        self.operator()
-        operator = self._on([name for name in self.space.names if name in gradient])
+        operator = self._on(tuple(name for name in self.space.names if name in gradient))
         solution = operator.solve({name: gradient[name] for name in operator.space.names}, damping)
         _, stage = operator.cholesky(damping)
         self.stages = {} if stage is Stage.CHOLESKY else {self.space.label: {"F": stage.value}}
         return dict(solution)
 
-    def _on(self, names: list[str]) -> DenseOperator:
+    def _on(self, names: tuple[str, ...]) -> DenseOperator:
         """F̂ restricted to the parameters that move; kept until the next observation."""
-        assert self._operator is not None
-        if len(names) == len(self.space.names):
-            return self._operator
-        if self._restricted is None or self._restricted.space.names != tuple(names):
-            index = torch.cat([torch.arange(self.space.numel)[self.space.slices[name]] for name in names])
-            index = index.to(self._operator.device)
-            matrix = self._operator.matrix[index[:, None], index]
-            self._restricted = DenseOperator(self.space.restrict(names), matrix)
+        if self._restricted is None or self._restricted.space.names != names:
+            restricted = self.operator().restrict(names)
+            assert isinstance(restricted, DenseOperator)
+            self._restricted = restricted
         return self._restricted
 
     def state_dict(self) -> dict[str, Any]:
