@@ -151,6 +151,18 @@ class Estimate(abc.ABC):
         """Restores what `state_dict` gave."""
 
 
+class WholeEstimate(Estimate):
+    """An estimate that covers every parameter it was started for, however it acts, and wants every batch."""
+
+    whole = True
+
+    def covers(self, name: str) -> bool:
+        return name in self.parameters
+
+    def due(self, step: int) -> bool:
+        return True
+
+
 def check_kind(kind: str) -> None:
     """Raises ConfigError unless it is a known kind of signal."""
     if kind not in KINDS:

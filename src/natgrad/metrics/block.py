@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from natgrad.errors import StepError
 from natgrad.linalg import Stage
 from natgrad.metrics.average import Weight
-from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
+from natgrad.metrics.base import Estimate, Kind, Metric, Observation, WholeEstimate, check_decay, check_kind
 from natgrad.metrics.dense import require_room
 from natgrad.metrics.moments import Moments
 from natgrad.operators import BlockDiagonal, LinearOperator
@@ -48,9 +48,7 @@ class Block(Metric):
         return _BlockEstimate(self, parameters)
 
 
-class _BlockEstimate(Estimate):
-    whole = True
-
+class _BlockEstimate(WholeEstimate):
     def __init__(self, metric: Block, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         for name, p in self.parameters.items():
@@ -60,12 +58,6 @@ class _BlockEstimate(Estimate):
         self._moments: Moments | None = None
         self._weight = Weight()
         self._blocks: list[DenseOperator] = []
-
-    def covers(self, name: str) -> bool:
-        return name in self.parameters
-
-    def due(self, step: int) -> bool:
-        return True
 
     def observe(self, observation: Observation) -> None:
         decay = self._metric.decay if observation.first else 1.0

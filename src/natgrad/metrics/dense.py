@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from natgrad.errors import ConfigError, StepError
 from natgrad.linalg import Stage
 from natgrad.metrics.average import Weight
-from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
+from natgrad.metrics.base import Estimate, Kind, Metric, Observation, WholeEstimate, check_decay, check_kind
 from natgrad.metrics.moments import Moments
 from natgrad.operators import Dense as DenseOperator
 from natgrad.operators import LinearOperator
@@ -46,9 +46,7 @@ class Dense(Metric):
         return _DenseEstimate(self, parameters)
 
 
-class _DenseEstimate(Estimate):
-    whole = True
-
+class _DenseEstimate(WholeEstimate):
     def __init__(self, metric: Dense, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         first = next(iter(self.parameters.values()))
@@ -60,12 +58,6 @@ class _DenseEstimate(Estimate):
         self._weight = Weight()
         self._operator: DenseOperator | None = None
         self._restricted: DenseOperator | None = None
-
-    def covers(self, name: str) -> bool:
-        return name in self.parameters
-
-    def due(self, step: int) -> bool:
-        return True
 
     def observe(self, observation: Observation) -> None:
         decay = self._metric.decay if observation.first else 1.0

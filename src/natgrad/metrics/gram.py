@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from natgrad.linalg import Stage
-from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_kind
+from natgrad.metrics.base import Estimate, Kind, Metric, Observation, WholeEstimate, check_kind
 from natgrad.metrics.kept import KeptRows
 from natgrad.operators import Gram as GramOperator
 from natgrad.operators import LinearOperator
@@ -37,20 +37,12 @@ class Gram(Metric):
         return _GramEstimate(self, parameters)
 
 
-class _GramEstimate(Estimate):
-    whole = True
-
+class _GramEstimate(WholeEstimate):
     def __init__(self, metric: Gram, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         self.kind = metric.kind
         self._kept = KeptRows(parameters)
         self._operator: GramOperator | None = None
-
-    def covers(self, name: str) -> bool:
-        return name in self.parameters
-
-    def due(self, step: int) -> bool:
-        return True
 
     def observe(self, observation: Observation) -> None:
         self._operator = None

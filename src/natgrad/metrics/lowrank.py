@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from natgrad.errors import ConfigError
 from natgrad.linalg.lanczos import Eigenpairs, largest_eigenpairs, norm_bound
-from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_kind
+from natgrad.metrics.base import Estimate, Kind, Metric, Observation, WholeEstimate, check_kind
 from natgrad.metrics.kept import KeptRows
 from natgrad.operators import LinearOperator, MatrixFree
 from natgrad.operators import LowRank as LowRankOperator
@@ -48,20 +48,12 @@ class LowRank(Metric):
         return _LowRankEstimate(self, parameters)
 
 
-class _LowRankEstimate(Estimate):
-    whole = True
-
+class _LowRankEstimate(WholeEstimate):
     def __init__(self, metric: LowRank, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         self._metric, self.kind = metric, metric.kind
         self._kept = KeptRows(parameters, metric.memory)
         self._operator: LowRankOperator | None = None
-
-    def covers(self, name: str) -> bool:
-        return name in self.parameters
-
-    def due(self, step: int) -> bool:
-        return True
 
     def observe(self, observation: Observation) -> None:
         self._operator = None

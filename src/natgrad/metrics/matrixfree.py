@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from natgrad.errors import ConfigError
 from natgrad.linalg.iterate import Convergence, conjugate_gradients
-from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_kind
+from natgrad.metrics.base import Estimate, Kind, Metric, Observation, WholeEstimate, check_kind
 from natgrad.metrics.kept import KeptRows
 from natgrad.metrics.kfac import KFAC
 from natgrad.metrics.lowrank import check_memory
@@ -58,10 +58,8 @@ class MatrixFree(Metric):
         return _MatrixFreeEstimate(self, parameters)
 
 
-class _MatrixFreeEstimate(Estimate):
+class _MatrixFreeEstimate(WholeEstimate):
     """Attributes: convergence, how the last solution went."""
-
-    whole = True
 
     def __init__(self, metric: MatrixFree, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
@@ -71,12 +69,6 @@ class _MatrixFreeEstimate(Estimate):
         self._operator: MatrixFreeOperator | None = None
         self._last: dict[str, Tensor] = {}
         self.convergence: Convergence | None = None
-
-    def covers(self, name: str) -> bool:
-        return name in self.parameters
-
-    def due(self, step: int) -> bool:
-        return True
 
     def observe(self, observation: Observation) -> None:
         self._operator = None
