@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.errors import ConfigError, StepError
+from natgrad.errors import StepError
 from natgrad.linalg import eigendecomposition
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
-from natgrad.metrics.factors import FactorEstimate, Factors, Sharing, check_sharing
+from natgrad.metrics.factors import FactorEstimate, Factors, Sharing, check_examples, check_sharing
 from natgrad.metrics.layers import Layer, columns_of
 from natgrad.metrics.refresh import Refresh
 from natgrad.metrics.squares import add_squares
@@ -63,8 +62,7 @@ class EKFAC(Metric):
         Refresh(self.factors)
         Refresh(self.refresh)
         check_sharing(self.sharing)
-        if self.examples is not None and self.examples < 1:
-            raise ConfigError(f"examples={self.examples} must be at least 1, or None for all")
+        check_examples(self.examples)
 
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
         """An estimate for the linear maps and convolutions among the parameters."""
@@ -192,10 +190,8 @@ class _EKFACEstimate(FactorEstimate):
         direction: dict[str, Tensor] = {}
         for weight in self._eigen:
             factors = self._blocks[weight]
-            names = factors.block.names
-            if any(name in gradient for name in names):  # a bias may be frozen, or its weight
-                zeros = {n: torch.zeros_like(self.parameters[n]) for n in names if n not in gradient}
-                given = {n: zeros[n] if n in zeros else gradient[n] for n in names}
+            given = self._padded(factors.block, gradient)
+            if given:
                 operator = EigenKronecker(factors.space, *self._values(weight))
                 direction |= dict(operator.solve(given, damping))
         return direction

@@ -169,6 +169,15 @@ class FactorEstimate(Estimate):
                     factors.add_signals(grams[k], decay, numerator)
                 yield Fed(factors, layer, decay, numerator)
 
+    def _padded(self, block: Block, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """∇h of a block: zeros for its bias, or its weight, where that is frozen; empty where both are."""
+        if not any(name in gradient for name in block.names):
+            return {}
+        return {
+            name: gradient[name] if name in gradient else torch.zeros_like(self.parameters[name])
+            for name in block.names
+        }
+
     def _sums(self) -> dict[str, Tensor]:
         return {f"{w}.{side}": getattr(f, side) for w, f in self._blocks.items() for side in "AG"}
 
@@ -188,6 +197,12 @@ def check_sharing(sharing: str) -> None:
     """Raises ConfigError unless it is a known way to treat positions that share a weight."""
     if sharing not in SHARINGS:
         raise ConfigError(f"unknown sharing={sharing!r}; choose 'expand' or 'reduce'")
+
+
+def check_examples(examples: int | None) -> None:
+    """Raises ConfigError unless some examples enter the factors."""
+    if examples is not None and examples < 1:
+        raise ConfigError(f"examples={examples} must be at least 1, or None for all")
 
 
 def _check_sum(layer: Layer, gram: Tensor) -> Tensor:

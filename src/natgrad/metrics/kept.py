@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import StepError
+from natgrad.errors import ConfigError, StepError
 from natgrad.metrics.average import Weight
 from natgrad.metrics.base import Observation
 from natgrad.operators import FactoredRows, ParameterSpace
@@ -95,3 +95,9 @@ class KeptRows:
             [replay for replay, _ in self._replays],
             [counts / self._weight.total for _, counts in self._replays],
         )
+
+
+def check_memory(memory: float) -> None:
+    """Raises ConfigError unless it is a number of bytes."""
+    if not memory >= 0:
+        raise ConfigError(f"memory={memory} must be a number of bytes, such as 2**30")

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import ConfigError, StepError
+from natgrad.errors import StepError
 from natgrad.linalg import Stage
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
-from natgrad.metrics.factors import FactorEstimate, Sharing, check_sharing
+from natgrad.metrics.factors import FactorEstimate, Sharing, check_examples, check_sharing
 from natgrad.metrics.refresh import Refresh
 from natgrad.operators import BlockDiagonal, FactoredInverse, Kronecker, LinearOperator
 from natgrad.tape.records import Block
@@ -53,8 +53,7 @@ class KFAC(Metric):
         Refresh(self.factors)
         Refresh(self.inverses)
         check_sharing(self.sharing)
-        if self.examples is not None and self.examples < 1:
-            raise ConfigError(f"examples={self.examples} must be at least 1, or None for all")
+        check_examples(self.examples)
 
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
         """An estimate of the factors for the linear maps and convolutions among the parameters."""
@@ -100,10 +99,8 @@ class _KFACEstimate(FactorEstimate):
                 inverse = self._inverses[weight] = FactoredInverse(
                     factors.space, *factors.averages(), damping
                 )
-            names = factors.block.names
-            if any(name in gradient for name in names):  # a bias may be frozen, or its weight
-                zeros = {n: torch.zeros_like(self.parameters[n]) for n in names if n not in gradient}
-                given = {n: zeros[n] if n in zeros else gradient[n] for n in names}
+            given = self._padded(factors.block, gradient)
+            if given:
                 direction |= inverse.solve(given)
         return direction
 

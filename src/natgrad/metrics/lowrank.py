@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from natgrad.errors import ConfigError
 from natgrad.linalg.lanczos import Eigenpairs, largest_eigenpairs, norm_bound
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, WholeEstimate, check_kind
-from natgrad.metrics.kept import KeptRows
+from natgrad.metrics.kept import KeptRows, check_memory
 from natgrad.operators import LinearOperator, MatrixFree
 from natgrad.operators import LowRank as LowRankOperator
 
@@ -121,9 +121,3 @@ def _deflated(product: Callable[[Tensor], Tensor], pairs: Eigenpairs) -> Callabl
         return v - (v @ pairs.vectors.mT) @ pairs.vectors
 
     return lambda v: without(product(without(v)))
-
-
-def check_memory(memory: float) -> None:
-    """Raises ConfigError unless it is a number of bytes."""
-    if not memory >= 0:
-        raise ConfigError(f"memory={memory} must be a number of bytes, such as 2**30")

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from natgrad.errors import ConfigError
 from natgrad.linalg.iterate import Convergence, conjugate_gradients
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, WholeEstimate, check_kind
-from natgrad.metrics.kept import KeptRows
+from natgrad.metrics.kept import KeptRows, check_memory
 from natgrad.metrics.kfac import KFAC
-from natgrad.metrics.lowrank import check_memory
 from natgrad.operators import BlockDiagonal, LinearOperator, ScaledIdentity
 from natgrad.operators import MatrixFree as MatrixFreeOperator
 
