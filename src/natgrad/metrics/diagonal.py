@@ -15,8 +15,9 @@ from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_deca
 from natgrad.metrics.refresh import Refresh
 from natgrad.operators import Diagonal as DiagonalOperator
 from natgrad.operators import LinearOperator
+from natgrad.tape.finite import require_finite
 from natgrad.tape.passes import SignalPass
-from natgrad.tape.rows import layer_rows, portions, require_finite
+from natgrad.tape.rows import layer_rows, portions
 
 # Signals of so many bytes, of as many output columns as that makes, are squared together.
 COLUMN_BYTES = 2**28
@@ -92,7 +93,7 @@ class _DiagonalEstimate(Estimate):
                     for name, score in scores.items():
                         own = score.square_().sum(0)
                         squares[name] = squares[name] + own if name in squares else own
-        require_finite(squares)
+        require_finite(squares.items())
         return squares
 
     def _begin(self, name: str, observation: Observation) -> float:

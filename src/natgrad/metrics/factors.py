@@ -28,8 +28,9 @@ from natgrad.metrics.average import Weight, accumulate, decay_since
 from natgrad.metrics.base import Estimate, Observation
 from natgrad.metrics.layers import Layer, layers_of
 from natgrad.operators import ParameterSpace
+from natgrad.tape.finite import require_finite
 from natgrad.tape.records import Block
-from natgrad.tape.rows import portions, require_finite
+from natgrad.tape.rows import portions
 
 # Signals of so many bytes, of as many passes as that makes, are added together: what a cache holds, so that warm memory
 # is used again.
@@ -154,7 +155,7 @@ class FactorEstimate(Estimate):
             grams = [layer.gram_of_signals(reduce) for layer in layers] if factors_too else []
             # Before anything enters an average. A signal that is not finite shows on its Gram matrix's diagonal.
             require_finite(
-                {la.block.weight: _check_sum(la, gram) for la, gram in zip(layers, grams, strict=False)}
+                (la.block.weight, _check_sum(la, gram)) for la, gram in zip(layers, grams, strict=False)
             )
             for k, layer in enumerate(layers):
                 factors, decay = self._factors(layer.block), 1.0

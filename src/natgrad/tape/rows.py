@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import NonFiniteError
 from natgrad.operators.layerrows import BatchRows, LayerRows
 from natgrad.tape.columns import LayerColumns
+from natgrad.tape.finite import require_finite
 from natgrad.tape.passes import SignalPass
 
 
@@ -80,29 +80,13 @@ def batch_rows(
         by_column = [_scores(one, unexplained) for one in passes]
         explicit = {name: torch.stack([scores[name] for scores in by_column]) for name in rest}
     rows = BatchRows(len(passes), passes[0].examples, tuple(stored), explicit, scale)
-    require_finite(rows.named_sums())
+    require_finite(rows.named_sums().items())
     return rows
 
 
 def _scores(one: SignalPass, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     chunks = [scores for _, scores in one.scores(parameters)]
     return {name: torch.cat([chunk[name] for chunk in chunks]).detach() for name in parameters}
-
-
-def require_finite(values: Mapping[str, Tensor]) -> None:
-    """Sees that what was made of inputs and signals is finite: one number is read for all.
-
-    Args:
-        values: by the parameter that they belong to.
-
-    Raises:
-        NonFiniteError: says of which parameter.
-    """
-    sums = [value.sum(dtype=torch.promote_types(value.dtype, torch.float32)) for value in values.values()]
-    if not sums or bool(torch.isfinite(torch.stack(sums).sum())):
-        return
-    name = next((n for n, s in zip(values, sums, strict=True) if not bool(torch.isfinite(s))), "a parameter")
-    raise NonFiniteError(f"an input of {name}, or a signal sent back to its output, is not finite")
 
 
 def portions(passes: Iterable[SignalPass], most_bytes: int) -> Iterator[list[SignalPass]]:

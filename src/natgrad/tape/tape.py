@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from natgrad.errors import NonFiniteError
 from natgrad.tape.columns import LayerColumns, send_back
+from natgrad.tape.finite import require_finite
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.rules import RULES, Geometry, Use
 
@@ -92,25 +91,11 @@ class Tape:
         Raises:
             NonFiniteError: an input or a signal is not finite; says of which block.
         """
-        wanted = self.blocks.keys() if names is None else set(names)
-        calls = [call for call in self._calls if call.block.weight in wanted]
-        if not calls:
-            return []
-        live = [(z, s) for z, s in zip(outputs, signals, strict=True) if z.requires_grad]
-        if not live:
-            return []
-        gradients = torch.autograd.grad(
-            [z for z, _ in live],
-            [call.edge for call in calls],
-            [s for _, s in live],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        _require_finite(calls, gradients)
+        reached = self._sent_back(outputs, [signals], names)
+        require_finite((call.block.weight, x) for call, (g,) in reached for x in (call.raw_inputs, g))
         return [
-            LayerRecord(call.block, call.geometry, call.raw_inputs, g.detach(), examples, call.has_bias)
-            for call, g in zip(calls, gradients, strict=True)
-            if g is not None
+            LayerRecord(call.block, call.geometry, call.raw_inputs, g, examples, call.has_bias)
+            for call, (g,) in reached
         ]
 
     def columns(
@@ -128,26 +113,31 @@ class Tape:
             examples: how many examples the batch holds.
             names: names of the blocks wanted; all by default.
         """
+        return [
+            LayerColumns(call.block, call.geometry, call.raw_inputs, columns, examples, call.has_bias)
+            for call, columns in self._sent_back(outputs, signals, names)
+        ]
+
+    def _sent_back(
+        self,
+        outputs: Sequence[Tensor],
+        signals: Sequence[Sequence[Tensor]],
+        names: Iterable[str] | None,
+    ) -> list[tuple[Call, tuple[Tensor, ...]]]:
+        """The wanted calls that outputs depend on, each with what every set of signals becomes there."""
         wanted = self.blocks.keys() if names is None else set(names)
         calls = [call for call in self._calls if call.block.weight in wanted]
-        live = [k for k, z in enumerate(outputs) if z.requires_grad]
+        live = [z for z in outputs if z.requires_grad]
         if not calls or not live:
             return []
         found = send_back(
-            [outputs[k] for k in live],
+            live,
             [call.edge for call in calls],
-            [[s[k] for k in live] for s in signals],
+            [[s for z, s in zip(outputs, one, strict=True) if z.requires_grad] for one in signals],
             sum(call.nbytes for call in calls),
         )
         return [
-            LayerColumns(
-                call.block,
-                call.geometry,
-                call.raw_inputs,
-                tuple(g.detach() for g in back if g is not None),
-                examples,
-                call.has_bias,
-            )
+            (call, tuple(g.detach() for g in back if g is not None))
             for call, back in zip(calls, zip(*found, strict=True), strict=True)
             if back[0] is not None
         ]
@@ -222,22 +212,6 @@ class Tape:
                     result.numel() * result.element_size(),
                 )
             )
-
-
-def _require_finite(calls: Sequence[Call], signals: Sequence[Tensor | None]) -> None:
-    """Raises NonFiniteError if an input or a signal is not finite: a sum shows it, and one number is read for all."""
-    pairs = [(call, g) for call, g in zip(calls, signals, strict=True) if g is not None]
-    sums = [_sum(call.raw_inputs) + _sum(g) for call, g in pairs]
-    if not sums or torch.isfinite(torch.stack(sums).sum()):
-        return
-    layer = next(
-        (call.block.weight for (call, _), s in zip(pairs, sums, strict=True) if not torch.isfinite(s)), ""
-    )
-    raise NonFiniteError(f"an input of {layer}, or a signal sent back to its output, is not finite")
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _acts(result: Any) -> bool:
