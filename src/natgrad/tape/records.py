@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -66,19 +66,6 @@ class LayerRecord:
     def signals(self) -> Float[Tensor, "batch shared f"]:
         """The signals at the same rows; the loss's constants are inside them."""
         return self.geometry.signals(self.raw_signals, self.examples)
-
-    def thinned(self, stride: int) -> LayerRecord:
-        """One in `stride` examples of the record; its signals are those of the examples that stay."""
-        if stride == 1:
-            return self
-
-        def thin(raw: Tensor) -> Tensor:
-            if raw.shape[0] % self.examples:
-                return raw
-            return raw.reshape(self.examples, -1, *raw.shape[1:])[::stride].flatten(0, 1)
-
-        inputs, signals = thin(self.raw_inputs), thin(self.raw_signals)
-        return replace(self, raw_inputs=inputs, raw_signals=signals, examples=-(-self.examples // stride))
 
     def homogeneous(self) -> Float[Tensor, "batch shared groups columns"]:
         """Inputs by group, with the homogeneous coordinate when the block has a bias (0 where this call had none)."""
