@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.errors import ConfigError, CoverageWarning, ModelChangedError
-from natgrad.information.data import BATCH_SIZE, Batches, Weights
+from natgrad.information.data import BATCH_SIZE
 from natgrad.information.rest import Rest, joined
 from natgrad.information.survey import Progress, Sight, Survey, trainable
-from natgrad.likelihoods import Likelihood, likelihood_from
+from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import bare
 from natgrad.metrics import Estimate, Metric, Observation, metric_from
 from natgrad.metrics.base import Kind, check_kind
@@ -90,12 +90,11 @@ def fisher(
     """
     parameters = trainable(model, params)
     chosen = _as_asked(metric, kind)
-    batches = Batches(data, batch_size)
-    if weights is not None and batches.shuffled:
+    survey = Survey.of(model, likelihood, data, outputs, weights, batch_size, seed, "natgrad.fisher")
+    if weights is not None and survey.data.shuffled:
         raise ConfigError(
             "weights follow the order of the data, but this DataLoader shuffles; use shuffle=False"
         )
-    survey = Survey(model, likelihood_from(likelihood), batches, outputs, Weights(weights), seed)
     surveyor = _Surveyor(survey, chosen, parameters)
     # The model may run under autocast, as in training; what is made of its signals keeps the parameters' precision.
     plain = torch.autocast(next(iter(parameters.values())).device.type, enabled=False)

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.errors import ConfigError, VectorError
-from natgrad.information.data import BATCH_SIZE, Batches, Weights
+from natgrad.information.data import BATCH_SIZE
 from natgrad.information.survey import Sight, Survey, trainable
-from natgrad.likelihoods import Likelihood, likelihood_from
+from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import bare, leaves
 from natgrad.operators import ParameterSpace
 from natgrad.tape import evaluate, jacobian_products
@@ -60,26 +60,15 @@ def kl(
     parameters = trainable(model, params)
     step = _named(ParameterSpace.of(parameters), delta)
     moved = {name: p.detach() + step[name] for name, p in parameters.items()}
-    survey = Survey(
-        model,
-        likelihood_from(likelihood),
-        Batches(data, batch_size),
-        outputs,
-        Weights(weights),
-        seed,
-        "natgrad.kl",
-    )
-    average = _Average(survey)
+    survey = Survey.of(model, likelihood, data, outputs, weights, batch_size, seed, "natgrad.kl")
 
-    def see(sight: Sight) -> None:
+    def look(sight: Sight) -> Tensor:
         other = evaluate(model, moved, sight.batch, survey.find_outputs, sight.rng_state)
         events = survey.likelihood.divergence(bare(sight.outputs), bare(other), sight.batch.targets)
         true = _by_example(events, sight)
-        average.add(sight, torch.stack([true, 0.5 * _square(survey, sight, parameters, step)]))
+        return torch.stack([true, 0.5 * _square(survey, sight, parameters, step)])
 
-    with torch.no_grad():
-        survey.sweep(see)
-    true, predicted = average.value()
+    true, predicted = _total(*survey.gather(look))
     return Divergence(true, predicted)
 
 
@@ -120,47 +109,23 @@ def length(
     corners = [_named(space, corner) for corner in path]
     places, shares = _gauss_legendre(nodes)
     segments = [(a, {n: b[n] - a[n] for n in a}) for a, b in itertools.pairwise(corners)]
-    survey = Survey(
-        model,
-        likelihood_from(likelihood),
-        Batches(data, batch_size),
-        outputs,
-        Weights(weights),
-        seed,
-        "natgrad.length",
-    )
-    average = _Average(survey)
+    survey = Survey.of(model, likelihood, data, outputs, weights, batch_size, seed, "natgrad.length")
 
-    def see(sight: Sight) -> None:
+    def look(sight: Sight) -> Tensor:
         squares = [
             _square(survey, sight, {n: torch.add(a[n], d[n], alpha=t) for n in a}, d)
             for a, d in segments
             for t in places
         ]
-        average.add(sight, torch.stack(squares))
+        return torch.stack(squares)
 
-    with torch.no_grad():
-        survey.sweep(see, parameters=corners[0])
-    speeds = average.value().clamp_min(0).sqrt().view(len(segments), nodes)
+    speeds = _total(*survey.gather(look, corners[0])).clamp_min(0).sqrt().view(len(segments), nodes)
     return (speeds @ torch.tensor(shares, dtype=speeds.dtype, device=speeds.device)).sum()
 
 
-class _Average:
-    """Σ over batches of numbers that belong to the reduced loss, weighted as its reduction says."""
-
-    def __init__(self, survey: Survey) -> None:
-        self._additive = survey.likelihood.reduction == "sum"
-        self._total: Tensor | None = None
-        self._mass = 0.0
-
-    def add(self, sight: Sight, values: Float[Tensor, "size"]) -> None:
-        share = 1.0 if self._additive else sight.mass
-        self._total = values * share if self._total is None else self._total + values * share
-        self._mass += sight.mass
-
-    def value(self) -> Tensor:
-        assert self._total is not None  # a sweep without data raises
-        return self._total if self._additive else self._total / self._mass
+def _total(values: list[Tensor], scales: list[float]) -> Tensor:
+    """The sum of the batches' numbers, each times what its batch counts."""
+    return torch.stack([scale * value for value, scale in zip(values, scales, strict=True)]).sum(0)
 
 
 def _square(

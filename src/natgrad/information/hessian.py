@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.information.data import BATCH_SIZE, Batches, Weights
+from natgrad.information.data import BATCH_SIZE
 from natgrad.information.survey import Sight, Survey, trainable
-from natgrad.likelihoods import HeteroscedasticGaussian, Likelihood, likelihood_from
+from natgrad.likelihoods import HeteroscedasticGaussian, Likelihood
 from natgrad.operators import LinearOperator, MatrixFree, ParameterSpace
 from natgrad.tape.output_curvature import of_loss
 from natgrad.tape.replay import Replay, Snapshot, total_product
@@ -39,14 +38,12 @@ def ggn(
     Raises:
         EmptyError, ConfigError, OutputError, TargetError, NonFiniteError, UnsupportedLossError: as `natgrad.fisher`.
     """
-    parameters, likelihood = trainable(model, params), likelihood_from(likelihood)
-    definite = not isinstance(likelihood, HeteroscedasticGaussian)
-    survey = Survey(
-        model, likelihood, Batches(data, batch_size), outputs, Weights(weights), seed, "natgrad.ggn"
-    )
+    parameters = trainable(model, params)
+    survey = Survey.of(model, likelihood, data, outputs, weights, batch_size, seed, "natgrad.ggn")
+    definite = not isinstance(survey.likelihood, HeteroscedasticGaussian)
 
     def replay(sight: Sight, snapshot: Snapshot, names: tuple[str, ...]) -> Replay:
-        in_outputs = of_loss(likelihood, sight.batch.targets, sight.weights)
+        in_outputs = of_loss(survey.likelihood, sight.batch.targets, sight.weights)
         return Replay.gauss_newton(
             snapshot, names, sight.batch, survey.find_outputs, in_outputs, sight.rng_state
         )
@@ -76,14 +73,18 @@ def hessian(
     Raises:
         EmptyError, ConfigError, OutputError, TargetError, NonFiniteError, UnsupportedLossError: as `natgrad.fisher`.
     """
-    parameters, likelihood = trainable(model, params), likelihood_from(likelihood)
-    survey = Survey(
-        model, likelihood, Batches(data, batch_size), outputs, Weights(weights), seed, "natgrad.hessian"
-    )
+    parameters = trainable(model, params)
+    survey = Survey.of(model, likelihood, data, outputs, weights, batch_size, seed, "natgrad.hessian")
 
     def replay(sight: Sight, snapshot: Snapshot, names: tuple[str, ...]) -> Replay:
         return Replay.hessian(
-            snapshot, names, sight.batch, survey.find_outputs, likelihood, sight.weights, sight.rng_state
+            snapshot,
+            names,
+            sight.batch,
+            survey.find_outputs,
+            survey.likelihood,
+            sight.weights,
+            sight.rng_state,
         )
 
     return _operator(survey, parameters, replay, definite=False)
@@ -97,18 +98,12 @@ def _operator(
 ) -> LinearOperator:
     """The sum of the batches' products, weighted as the loss's reduction says."""
     snapshot, names = Snapshot.of(survey.model), tuple(parameters)
-    replays: list[Replay] = []
-    masses: list[float] = []
 
-    def see(sight: Sight) -> None:
+    def look(sight: Sight) -> Replay:
         survey.require_targets(sight)
-        replays.append(replay(sight, snapshot, names))
-        masses.append(sight.mass)
+        return replay(sight, snapshot, names)
 
-    with torch.no_grad():
-        survey.sweep(see)
-    total = sum(masses)
-    scales = [1.0 if survey.likelihood.reduction == "sum" else mass / total for mass in masses]
+    replays, scales = survey.gather(look)
     first = next(iter(parameters.values()))
     return MatrixFree(
         ParameterSpace.of(parameters),

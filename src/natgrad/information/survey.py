@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from natgrad.errors import ConfigError, EmptyError, NonFiniteError, OutputError, TargetError
 from natgrad.information.data import Batches, Weights
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import Likelihood, likelihood_from
 from natgrad.likelihoods.base import bare
 from natgrad.tape import Batch
 from natgrad.tape.outputs import Outputs, count_examples, find_outputs
 from natgrad.tape.substitute import call_with
 
 Progress = Callable[[int, "int | None"], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,27 @@ class Survey:
         user = functools.partial(torch.autocast, device, dtype, enabled=enabled)
         object.__setattr__(self, "_autocast", user if enabled else contextlib.nullcontext)
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        likelihood: nn.Module | Likelihood,
+        data: Any,
+        outputs: Callable[[Any], Any] | None,
+        weights: Tensor | None,
+        batch_size: int,
+        seed: int,
+        asker: str,
+    ) -> Survey:
+        """A survey of what the asker was given; arguments are those of `natgrad.fisher`.
+
+        Raises:
+            UnsupportedLossError: the loss has no likelihood.
+            ConfigError: data or weights that can't be read.
+        """
+        batches = Batches(data, batch_size)
+        return cls(model, likelihood_from(likelihood), batches, outputs, Weights(weights), seed, asker)
+
     def find_outputs(self, returned: Any) -> Outputs:
         """The likelihood's outputs among what the model returned.
 
@@ -114,6 +136,30 @@ class Survey:
             raise EmptyError(
                 "every event of the data is ignored, or has weight zero: there is no information"
             )
+
+    def gather(
+        self, look: Callable[[Sight], T], parameters: Mapping[str, Tensor] | None = None
+    ) -> tuple[list[T], list[float]]:
+        """What a function makes of each batch, without gradients, and what each counts in the loss over all of them.
+
+        Args:
+            look: the function.
+            parameters: as in `sweep`.
+
+        Raises:
+            As `sweep`.
+        """
+        found: list[T] = []
+        masses: list[float] = []
+
+        def see(sight: Sight) -> None:
+            found.append(look(sight))
+            masses.append(sight.mass)
+
+        with torch.no_grad():
+            self.sweep(see, parameters=parameters)
+        total = sum(masses)
+        return found, [1.0 if self.likelihood.reduction == "sum" else mass / total for mass in masses]
 
     def require_targets(self, sight: Sight) -> None:
         """Sees that a batch has targets, for what depends on them.
