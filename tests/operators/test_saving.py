@@ -64,9 +64,10 @@ def test_a_saved_operator_needs_no_gradient(tmp_path: Path) -> None:
 
 def test_what_is_no_operator_is_refused_by_name(tmp_path: Path) -> None:
     operator, file = linear_with_bias(0, 2, 2).operator, tmp_path / "F.safetensors"
-    description = {"class": "Mystery", "space": [["w", [1]]], "meta": {}}
-    with pytest.raises(StateError, match=r"'Mystery' is no operator.*BlockDiagonal.*Kronecker"):
-        load_operator(rewritten(operator, file, operator=json.dumps(description)))
+    for name in ("Mystery", "Wrapper"):  # the latter is abstract
+        description = {"class": name, "space": [["w", [1]]], "meta": {}}
+        with pytest.raises(StateError, match=rf"'{name}' is no operator.*BlockDiagonal.*Kronecker.*Sum$"):
+            load_operator(rewritten(operator, file, operator=json.dumps(description)))
     with pytest.raises(StateError, match=r"version '7'.*reads '1'"):
         load_operator(rewritten(operator, file, natgrad="7"))
     with pytest.raises(StateError, match=r"holds no operator.*LinearOperator\.save"):

@@ -22,11 +22,12 @@ from natgrad.operators.identity import ScaledIdentity
 from natgrad.operators.matrixfree import MatrixFree
 from natgrad.operators.saving import describe_parts, rebuild_parts
 from natgrad.operators.space import ParameterSpace
+from natgrad.operators.wrapper import Wrapper
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Damped(LinearOperator):
+class Damped(Wrapper):
     """A + λI; every question is handed to A with more damping.
 
     Attributes:
@@ -37,22 +38,11 @@ class Damped(LinearOperator):
         ConfigError: λ is negative or not finite.
     """
 
-    operator: LinearOperator
     damping: float
 
     def __post_init__(self) -> None:
         check_scalar("damping", self.damping)
         object.__setattr__(self, "space", self.operator.space)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of A."""
-        return self.operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of A."""
-        return self.operator.device
 
     def _matmul(self, rows: Rows) -> Rows:
         product = self.operator._matmul(rows)
@@ -92,9 +82,6 @@ class Damped(LinearOperator):
     def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
         return Damped(self.operator._restricted(names), self.damping)
 
-    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
-        return Damped(self.operator._to(dtype, device), self.damping)
-
     def _trace(self) -> Tensor:
         return self.operator._trace() + self.damping * self.space.numel
 
@@ -108,15 +95,6 @@ class Damped(LinearOperator):
     def _diagonal_estimate(self, probes: int, generator: torch.Generator | None) -> Estimated:
         value, error = self.operator._diagonal_estimate(probes, generator)
         return Estimated(value + self.damping, error)
-
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, parts = describe_parts([self.operator])
-        return tensors, {"parts": parts, "damping": self.damping}
-
-    @classmethod
-    def _from_state(cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Damped:
-        (operator,) = rebuild_parts(tensors, meta["parts"])
-        return cls(operator, meta["damping"])
 
 
 @final

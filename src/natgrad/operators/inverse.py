@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ from natgrad.operators.identity import ScaledIdentity
 from natgrad.operators.kronecker import Kronecker
 from natgrad.operators.lowrank import LowRank
 from natgrad.operators.restricted import restrict
-from natgrad.operators.saving import describe_parts, rebuild_parts
-from natgrad.operators.space import ParameterSpace
+from natgrad.operators.wrapper import Wrapper
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Inverse(LinearOperator):
+class Inverse(Wrapper):
     """B = (A + λI)⁻¹ by A's own answers: a product is a solution there, a solution a product.
 
     With more damping, (B + μI)⁻¹ = μ⁻¹ (A + λI)(A + (λ + μ⁻¹)I)⁻¹; so everything has a closed form that has one for A.
@@ -40,22 +39,11 @@ class Inverse(LinearOperator):
         ConfigError: λ is negative or not finite.
     """
 
-    operator: LinearOperator
     damping: float
 
     def __post_init__(self) -> None:
         check_scalar("damping", self.damping)
         object.__setattr__(self, "space", self.operator.space)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of A."""
-        return self.operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of A."""
-        return self.operator.device
 
     def _matmul(self, rows: Rows) -> Rows:
         return self.operator._solve(rows, self.damping)
@@ -127,18 +115,6 @@ class Inverse(LinearOperator):
 
     def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
         return restrict(self, names)
-
-    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
-        return Inverse(self.operator._to(dtype, device), self.damping)
-
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, parts = describe_parts([self.operator])
-        return tensors, {"parts": parts, "damping": self.damping}
-
-    @classmethod
-    def _from_state(cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Inverse:
-        (operator,) = rebuild_parts(tensors, meta["parts"])
-        return cls(operator, meta["damping"])
 
 
 def invert(operator: LinearOperator, damping: float) -> LinearOperator:

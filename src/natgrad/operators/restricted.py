@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from natgrad.operators.blocks import BlockDiagonal
 from natgrad.operators.checks import check_room
 from natgrad.operators.dense import Dense
 from natgrad.operators.hooks import Rows
-from natgrad.operators.saving import describe_parts, rebuild_parts
 from natgrad.operators.space import ParameterSpace
+from natgrad.operators.wrapper import Wrapper
 
 # The most numbers that columns of the whole take at once while the submatrix is formed.
 COLUMNS = 2**24
@@ -29,7 +29,7 @@ COLUMNS = 2**24
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Restricted(LinearOperator):
+class Restricted(Wrapper):
     """A_ww for an operator A and some of its parameters.
 
     Solutions, log-determinants and draws come from A's own where the parameters left out are the smaller part, and
@@ -44,7 +44,6 @@ class Restricted(LinearOperator):
         ConfigError: all names stay.
     """
 
-    operator: LinearOperator
     names: tuple[str, ...]
     _complements: dict[float, Tensor] = dataclasses.field(default_factory=dict, init=False)
 
@@ -52,16 +51,6 @@ class Restricted(LinearOperator):
         object.__setattr__(self, "space", self.operator.space.restrict(self.names))
         if len(self.space.names) == len(self.operator.space.names):
             raise ConfigError("nothing is left out; operator.restrict(names) gives the same in another order")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of A."""
-        return self.operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of A."""
-        return self.operator.device
 
     @functools.cached_property
     def _held(self) -> ParameterSpace:
@@ -157,20 +146,6 @@ class Restricted(LinearOperator):
 
     def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
         return self.operator.restrict(names)
-
-    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
-        return Restricted(self.operator._to(dtype, device), self.names)
-
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, parts = describe_parts([self.operator])
-        return tensors, {"parts": parts, "names": list(self.names)}
-
-    @classmethod
-    def _from_state(
-        cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]
-    ) -> Restricted:
-        (operator,) = rebuild_parts(tensors, meta["parts"])
-        return cls(operator, tuple(meta["names"]))
 
 
 def restrict(operator: LinearOperator, names: tuple[str, ...]) -> LinearOperator:

@@ -7,9 +7,10 @@ Operators made of others describe these in their own meta, and number their tens
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -91,7 +92,7 @@ def rebuild(tensors: dict[str, Tensor], description: Description) -> LinearOpera
         StateError: it is of an unknown class.
     """
     importlib.import_module("natgrad.operators")  # so that every class is there
-    known = {kind.__name__: kind for kind in LinearOperator.__subclasses__()}
+    known = {kind.__name__: kind for kind in _kinds(LinearOperator)}
     name = description["class"]
     if name not in known:
         raise StateError(
@@ -99,6 +100,14 @@ def rebuild(tensors: dict[str, Tensor], description: Description) -> LinearOpera
         )
     space = ParameterSpace(dict(description["space"]))
     return known[name]._from_state(space, tensors, description["meta"])
+
+
+def _kinds(kind: type[Any]) -> Iterator[type[LinearOperator]]:
+    """The classes below one that are not abstract."""
+    for below in kind.__subclasses__():
+        if not inspect.isabstract(below):
+            yield below
+        yield from _kinds(below)
 
 
 def describe_parts(operators: Sequence[LinearOperator]) -> tuple[dict[str, Tensor], list[Description]]:
