@@ -188,8 +188,8 @@ class _Surveyor:
             yield SignalPass(self._tape, sight.outputs, zeros, sight.batch.examples)
 
     def _replay(self, sight: Sight, drawn: list[SignalPass] | None) -> Replay | None:
-        """The batch's F as products that run the model again, for representations that are exact."""
-        if self._estimate is None or not self._estimate.whole:
+        """The batch's F as products that run the model again, for estimates that can use it."""
+        if self._estimate is None or not self._estimate.replays:
             return None
         if self._snapshot is None:
             self._snapshot = Snapshot.of(self._survey.model)

@@ -32,8 +32,8 @@ class Observation:
         mass: what it weighs in an average, where that is not its number of examples: the events that the loss counts.
         weights: √ of these is inside the signals, one for each example; None where every example counts alike.
         again: whether the batch can be shown again in another sweep (see `Estimate.sweeps`).
-        replay: the same batch's F as products that run the model again, for estimates whose rows would take too much
-            memory; None where the model can't be run.
+        replay: the same batch's F as products that run the model again, for estimates that `replays`; None where the
+            model can't be run.
     """
 
     passes: Iterator[SignalPass]
@@ -90,11 +90,13 @@ class Estimate(abc.ABC):
         whole: whether it knows the curvature of every use of a parameter, by whatever function.
         stages: block → factor → which stage of the fallback the last factorisation took.
         sweeps: how often `natgrad.fisher` has to show it all of the data; it may grow while the data is shown.
+        replays: whether it can make use of products that run the model again, where rows take too much memory.
     """
 
     kind: Kind | None = None
     whole: bool = False
     sweeps: int = 1
+    replays: bool = False
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)

@@ -49,6 +49,8 @@ class LowRank(Metric):
 
 
 class _LowRankEstimate(WholeEstimate):
+    replays = True
+
     def __init__(self, metric: LowRank, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         self._metric, self.kind = metric, metric.kind

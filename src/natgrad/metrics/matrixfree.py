@@ -60,6 +60,8 @@ class MatrixFree(Metric):
 class _MatrixFreeEstimate(WholeEstimate):
     """Attributes: convergence, how the last solution went."""
 
+    replays = True
+
     def __init__(self, metric: MatrixFree, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         self._metric, self.kind = metric, metric.kind
