@@ -23,7 +23,11 @@ exact as asked: `ConvergenceWarning` says how far it came.
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+
+_WRAPPERS = ("natgrad", "torch", "jaxtyping")
 
 
 class NatgradError(Exception):
@@ -108,3 +112,11 @@ class CoverageWarning(UserWarning):
 
 class ConvergenceWarning(UserWarning):
     """An iterative solution is not as exact as it was asked to be."""
+
+
+def announce_coverage(message: str) -> None:
+    """Gives a CoverageWarning at the user's line, whatever wraps natgrad's functions."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _WRAPPERS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, CoverageWarning, stacklevel=level)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.errors import ConfigError, CoverageWarning, ModelChangedError
+from natgrad.errors import ConfigError, ModelChangedError, announce_coverage
 from natgrad.information.data import BATCH_SIZE
 from natgrad.information.rest import Rest, joined
 from natgrad.information.survey import Progress, Sight, Survey, trainable
@@ -31,8 +30,6 @@ from natgrad.tape.output_curvature import of_likelihood, of_signals
 from natgrad.tape.outputs import signal_passes
 from natgrad.tape.passes import SignalPass
 from natgrad.tape.replay import Replay, Snapshot
-
-_WRAPPERS = ("natgrad", "torch", "jaxtyping")
 
 
 def fisher(
@@ -101,7 +98,7 @@ def fisher(
     with torch.inference_mode(False), torch.enable_grad(), plain, _shown(progress) as told:
         operator = surveyor.run(told)
     if surveyor.announced:
-        _announce(surveyor.announced)
+        announce_coverage(surveyor.announced)
     return operator
 
 
@@ -285,11 +282,3 @@ def _shown(progress: bool | Progress) -> Iterator[Progress | None]:
         yield tell
     finally:
         sys.stderr.write("\n")
-
-
-def _announce(message: str) -> None:
-    """Warns at the user's line, whatever wraps natgrad's functions."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _WRAPPERS:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, CoverageWarning, stacklevel=level)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import CoverageWarning, NonFiniteError
+from natgrad.errors import NonFiniteError, announce_coverage
 from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import bare
 from natgrad.metrics import Estimate, Euclidean, Metric, Observation
@@ -20,8 +18,6 @@ from natgrad.tape import Block, Tape
 from natgrad.tape.outputs import signal_passes
 
 Fallback = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-_WRAPPERS = ("natgrad", "torch", "jaxtyping")
 
 
 class Curvature:
@@ -219,11 +215,4 @@ class Curvature:
         how = "a torch optimiser of yours" if self._fallback is not None else "the plain gradient"
         said = [f"no rule covers {', '.join(names)}: they follow {how}"] if names else []
         said += [f"the curvature of {', '.join(partly)} lacks the uses that no rule covers"] if partly else []
-        level, frame = 1, sys._getframe()  # at the user's line, whatever wraps the step
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _WRAPPERS:
-            level, frame = level + 1, frame.f_back
-        warnings.warn(
-            f"{'; '.join(said)} (see optimizer.coverage() and fallback=)",
-            CoverageWarning,
-            stacklevel=level,
-        )
+        announce_coverage(f"{'; '.join(said)} (see optimizer.coverage() and fallback=)")
