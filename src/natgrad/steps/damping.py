@@ -99,15 +99,15 @@ class LevenbergMarquardt(Damping):
     def update(self, damping: float, ratio: float, witness: Witness | None = None) -> float:
         """λω where ρ > ¾ and α is large, λ/ω where ρ < ¼ or α is small, λ/ω² where α is tiny or the loss rose."""
         factor = self.decay**self.period
+        witness = witness or Witness(math.inf)
         low, high = self.trust
-        alpha = math.inf if witness is None else witness.alpha
-        if witness is not None and witness.share > self.share:
+        if witness.share > self.share:
             low = 0.0
-        if not math.isfinite(ratio) or ratio < 0 or alpha < low / 2:
+        if not math.isfinite(ratio) or ratio < 0 or witness.alpha < low / 2:
             damping = damping / factor**2
-        elif ratio < 0.25 or alpha < low:
+        elif ratio < 0.25 or witness.alpha < low:
             damping = damping / factor
-        elif ratio > 0.75 and alpha > high:
+        elif ratio > 0.75 and witness.alpha > high:
             damping = damping * factor
         return min(max(damping, self.least), self.greatest)
 
