@@ -145,23 +145,22 @@ def fisher_of(
         EmptyError, OutputError, TargetError, NonFiniteError, UnsupportedLossError: as `natgrad.fisher`.
     """
     chosen = metric_from(metric)
-    if kind is not None:
-        check_kind(kind)
+    asked = None if kind is None else check_kind(kind)
     subject = _subject(path, examples)
     notes = []
-    if kind is None:
+    if asked is None:
         outputs = _outputs(subject.model, subject.batch)
-        kind = "exact" if outputs <= MOST_OUTPUTS else "mc"
-        if kind == "mc":
+        asked = "exact" if outputs <= MOST_OUTPUTS else "mc"
+        if asked == "mc":
             notes.append(
                 f"{outputs:,} outputs an example: signals are sampled; --kind exact sums over all of them."
             )
     with _bar(stream or sys.stderr) as tell:
-        operator = fisher(subject.model, subject.loss, subject.data, chosen, kind, progress=tell)  # type: ignore[arg-type]
+        operator = fisher(subject.model, subject.loss, subject.data, chosen, asked, progress=tell)
     summed = getattr(subject.loss, "reduction", "mean") == "sum"
     given = damping if damping is not None else 1.0 if summed else 1.0 / subject.examples
     return spectrum_of(
-        operator, given, title=path, metric=metric, kind=kind, examples=subject.examples, notes=tuple(notes)
+        operator, given, title=path, metric=metric, kind=asked, examples=subject.examples, notes=tuple(notes)
     )
 
 

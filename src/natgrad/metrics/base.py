@@ -16,7 +16,7 @@ from natgrad.tape.passes import SignalPass
 from natgrad.tape.replay import Replay
 
 Kind = Literal["mc", "exact", "empirical", "rademacher"]
-KINDS = ("mc", "exact", "empirical", "rademacher")
+KINDS: tuple[Kind, ...] = ("mc", "exact", "empirical", "rademacher")
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,14 @@ class WholeEstimate(Estimate):
         return True
 
 
-def check_kind(kind: str) -> None:
-    """Raises ConfigError unless it is a known kind of signal."""
-    if kind not in KINDS:
-        raise ConfigError(
-            f"unknown kind of Fisher information {kind!r}; choose one of {', '.join(map(repr, KINDS))}"
-        )
+def check_kind(kind: str) -> Kind:
+    """The kind itself; raises ConfigError unless it is a known kind of signal."""
+    for known in KINDS:
+        if kind == known:
+            return known
+    raise ConfigError(
+        f"unknown kind of Fisher information {kind!r}; choose one of {', '.join(map(repr, KINDS))}"
+    )
 
 
 def check_decay(decay: float) -> None:
