@@ -27,6 +27,8 @@ from natgrad.likelihoods import (
     HeteroscedasticGaussian,
     Likelihood,
     Poisson,
+    Residuals,
+    Scores,
 )
 from natgrad.metrics import (
     EKFAC,
@@ -35,14 +37,25 @@ from natgrad.metrics import (
     Dense,
     Diagonal,
     Euclidean,
+    Exact,
     Gram,
     LowRank,
     MatrixFree,
     Metric,
+    Rectangular,
 )
 from natgrad.operators import LinearOperator, ParameterSpace, load_operator
-from natgrad.optim import Coverage, NaturalGradient, StepInfo
-from natgrad.steps import L2, AdaptiveStep, ConstantDamping, Damping, FixedStep, LevenbergMarquardt
+from natgrad.optim import Coverage, NaturalGradient, StepInfo, reconfigure
+from natgrad.steps import (
+    L2,
+    SPRING,
+    AdaptiveStep,
+    ConstantDamping,
+    CurvedSearch,
+    Damping,
+    FixedStep,
+    LevenbergMarquardt,
+)
 
 __version__ = "0.1.0"
 
@@ -50,6 +63,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "L2",
+    "SPRING",
     "AdaptiveStep",
     "Bernoulli",
     "Block",
@@ -59,6 +73,7 @@ __all__ = [
     "ConvergenceWarning",
     "Coverage",
     "CoverageWarning",
+    "CurvedSearch",
     "Damping",
     "Dense",
     "Diagonal",
@@ -66,6 +81,7 @@ __all__ = [
     "Divergence",
     "EmptyError",
     "Euclidean",
+    "Exact",
     "FixedStep",
     "Gaussian",
     "Gram",
@@ -84,7 +100,10 @@ __all__ = [
     "OutputError",
     "ParameterSpace",
     "Poisson",
+    "Rectangular",
+    "Residuals",
     "RunError",
+    "Scores",
     "StateError",
     "StepError",
     "StepInfo",
@@ -98,4 +117,5 @@ __all__ = [
     "kl",
     "length",
     "load_operator",
+    "reconfigure",
 ]

@@ -7,6 +7,9 @@ from natgrad.likelihoods.diagonal import DiagonalLikelihood
 from natgrad.likelihoods.gaussian import Gaussian, HeteroscedasticGaussian
 from natgrad.likelihoods.losses import likelihood_from
 from natgrad.likelihoods.poisson import Poisson
+from natgrad.likelihoods.residualblock import ResidualBlock
+from natgrad.likelihoods.residuals import Residuals
+from natgrad.likelihoods.scores import Scores
 
 __all__ = [
     "Bernoulli",
@@ -17,6 +20,9 @@ __all__ = [
     "Likelihood",
     "Outputs",
     "Poisson",
+    "ResidualBlock",
+    "Residuals",
+    "Scores",
     "Targets",
     "likelihood_from",
 ]

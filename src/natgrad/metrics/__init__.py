@@ -6,11 +6,13 @@ from natgrad.metrics.dense import Dense
 from natgrad.metrics.diagonal import Diagonal
 from natgrad.metrics.ekfac import EKFAC
 from natgrad.metrics.euclidean import Euclidean
+from natgrad.metrics.exact import Exact
 from natgrad.metrics.gram import Gram
 from natgrad.metrics.kfac import KFAC
 from natgrad.metrics.lowrank import LowRank
 from natgrad.metrics.matrixfree import MatrixFree
 from natgrad.metrics.named import metric_from
+from natgrad.metrics.rectangular import Rectangular
 
 __all__ = [
     "EKFAC",
@@ -20,11 +22,13 @@ __all__ = [
     "Diagonal",
     "Estimate",
     "Euclidean",
+    "Exact",
     "Gram",
     "Kind",
     "LowRank",
     "MatrixFree",
     "Metric",
     "Observation",
+    "Rectangular",
     "metric_from",
 ]

@@ -9,10 +9,12 @@ from natgrad.metrics.dense import Dense
 from natgrad.metrics.diagonal import Diagonal
 from natgrad.metrics.ekfac import EKFAC
 from natgrad.metrics.euclidean import Euclidean
+from natgrad.metrics.exact import Exact
 from natgrad.metrics.gram import Gram
 from natgrad.metrics.kfac import KFAC
 from natgrad.metrics.lowrank import LowRank
 from natgrad.metrics.matrixfree import MatrixFree
+from natgrad.metrics.rectangular import Rectangular
 
 METRICS: dict[str, type[Metric]] = {
     "block": Block,
@@ -20,10 +22,12 @@ METRICS: dict[str, type[Metric]] = {
     "diagonal": Diagonal,
     "ekfac": EKFAC,
     "euclidean": Euclidean,
+    "exact": Exact,
     "gram": Gram,
     "kfac": KFAC,
     "lowrank": LowRank,
     "matrixfree": MatrixFree,
+    "rectangular": Rectangular,
 }
 
 

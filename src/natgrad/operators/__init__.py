@@ -13,7 +13,9 @@ from natgrad.operators.inverse import Inverse
 from natgrad.operators.kronecker import Eigenbasis, Kronecker
 from natgrad.operators.lowrank import LowRank
 from natgrad.operators.matrixfree import MatrixFree
+from natgrad.operators.rectangular import Rectangular
 from natgrad.operators.restricted import Restricted
+from natgrad.operators.rowoperator import RowOperator
 from natgrad.operators.rows import FactoredRows
 from natgrad.operators.saving import load_operator
 from natgrad.operators.space import ParameterSpace
@@ -34,7 +36,9 @@ __all__ = [
     "LowRank",
     "MatrixFree",
     "ParameterSpace",
+    "Rectangular",
     "Restricted",
+    "RowOperator",
     "ScaledIdentity",
     "Sum",
     "load_operator",

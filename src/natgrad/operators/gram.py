@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -13,12 +13,11 @@ from torch import Tensor
 from natgrad.errors import ConfigError
 from natgrad.linalg import Stage, cholesky, eigendecomposition
 from natgrad.operators.base import LinearOperator
-from natgrad.operators.checks import check_scalar, pseudo_inverse, require_definite, standard_normal
+from natgrad.operators.checks import pseudo_inverse, require_definite, standard_normal
 from natgrad.operators.dense import Dense
 from natgrad.operators.hooks import Rows
 from natgrad.operators.identity import ScaledIdentity
-from natgrad.operators.rows import FactoredRows
-from natgrad.operators.space import ParameterSpace
+from natgrad.operators.rowoperator import RowOperator
 
 # A matrix of more bytes than this is refused: K, or where there are more rows than parameters, F.
 LARGEST_BYTES = 2**33
@@ -26,7 +25,7 @@ LARGEST_BYTES = 2**33
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Gram(LinearOperator):
+class Gram(RowOperator):
     """JᵀJ in terms of its M rows: products by the factored rows, all else by the smaller of JJᵀ and JᵀJ.
 
     With fewer rows than parameters that is the Gram matrix K = JJᵀ [M, M], the neural tangent kernel, and
@@ -36,28 +35,11 @@ class Gram(LinearOperator):
     whose rounding, which grows as 1/λ, a step of iterative refinement takes back. J itself is never formed. With more
     rows than parameters F [P, P] is the smaller matrix, and stands in for K.
 
-    Attributes:
-        rows: J.
-
     Raises:
         ConfigError: a matrix that would take more than 8 GiB, when it is needed.
     """
 
-    rows: FactoredRows
     _factors: dict[float, tuple[Tensor, Stage]] = dataclasses.field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "space", self.rows.space)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the rows."""
-        return self.rows.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the rows."""
-        return self.rows.device
 
     @functools.cached_property
     def kernel(self) -> Float[Tensor, "M M"]:
@@ -108,9 +90,6 @@ class Gram(LinearOperator):
         if damping == 0:  # fewer rows than parameters
             require_definite(0.0, 1.0, len(self.rows), self.dtype, layer=self.space.label, factor="F")
 
-    def _matmul(self, rows: Rows) -> Rows:
-        return self.rows.product(rows)
-
     def _solve(self, rows: Rows, damping: float) -> Rows:
         if self._primal is not None:
             return self._primal._solve(rows, damping)
@@ -126,25 +105,33 @@ class Gram(LinearOperator):
         taken = self.rows.rmatmul(inner)
         return {name: (b - taken[name]) / damping for name, b in rows.items()}
 
-    def dual_solve(self, targets: Float[Tensor, "M"], damping: float) -> dict[str, Tensor]:
-        """(JᵀJ + λI)⁻¹ Jᵀ r = Jᵀ (K + λI)⁻¹ r for a right-hand side that rows make, without dividing by λ.
+    def _dual_solve(self, targets: Tensor, damping: float, cutoff: float) -> Rows:
+        if damping == 0 or cutoff > 0:
+            return self._least_norm(targets, damping, cutoff)
+        if self._primal is not None:
+            return self._primal._solve(self.rows.rmatmul(targets), damping)
+        lower, _ = self.cholesky(damping)
+        weights = torch.cholesky_solve(targets.mT, lower).mT
+        found = self.rows.rmatmul(weights)
+        rest = targets - self.rows.matmul(found) - damping * weights
+        correction = self.rows.rmatmul(torch.cholesky_solve(rest.mT, lower).mT)
+        return {name: x.add_(correction[name]) for name, x in found.items()}
 
-        Args:
-            targets: r, a number for each row.
-            damping: λ ≥ 0.
+    def _least_norm(self, targets: Tensor, damping: float, cutoff: float) -> Rows:
+        values, vectors = self._eigen  # of K: squares of J's singular values, so that cutoffs are squared too
+        least = max(cutoff**2, len(values) * torch.finfo(values.dtype).eps) * values[-1]
+        weights = torch.where(values > least, 1 / (values + damping), 0.0)
+        return self.rows.rmatmul(((targets @ vectors) * weights) @ vectors.mT)
 
-        Raises:
-            ConfigError: λ is negative or not finite, or r has another length.
-            NotPositiveDefiniteError: K + λI is singular.
-        """
-        check_scalar("damping", damping)
-        if targets.shape != (len(self.rows),):
-            raise ConfigError(
-                f"r must have a number for each of {len(self.rows)} rows, not {tuple(targets.shape)}"
-            )
-        lower, _ = cholesky(self.kernel, damping, layer=self.space.label, factor="JJᵀ")
-        weights = torch.cholesky_solve(targets[:, None], lower).mT
-        return {name: v[0] for name, v in self.rows.rmatmul(weights).items()}
+    @property
+    def condition(self) -> float:
+        """The largest singular value of J over the least; of a Cholesky factor, a lower bound."""
+        for lower, _ in self._factors.values():
+            diagonal = lower.diagonal()
+            return float(diagonal.max() / diagonal.min())
+        values = self._eigen[0]
+        least = values[values > len(values) * torch.finfo(values.dtype).eps * values[-1]]
+        return float((values[-1] / least[0]).sqrt()) if len(least) else float("inf")
 
     def _in_eigenbasis(self, rows: Rows, values: Tensor) -> Rows:
         """Jᵀ U diag(values) Uᵀ J v."""
@@ -169,9 +156,6 @@ class Gram(LinearOperator):
 
     def _dense(self) -> Tensor:
         return self.rows.covariance() if self._primal is None else self._primal.matrix
-
-    def _diagonal(self) -> dict[str, Tensor]:
-        return self.rows.squares()
 
     def _logdet(self, damping: float) -> Tensor:
         if self._primal is not None:
@@ -203,16 +187,3 @@ class Gram(LinearOperator):
         if scale == 0:
             return ScaledIdentity(self.space, 0.0, dtype=self.dtype, device=self.device)
         return Gram(self.rows.scaled(scale**0.5))
-
-    def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
-        return Gram(self.rows.restrict(names))
-
-    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
-        return Gram(self.rows.to(dtype, device))
-
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.rows.state()
-
-    @classmethod
-    def _from_state(cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Gram:
-        return cls(FactoredRows.from_state(space, tensors, meta))

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.errors import EmptyError
+from natgrad.errors import ConfigError, EmptyError
 from natgrad.linalg import accumulate_gram
 from natgrad.operators.layerrows import PORTION, BatchRows, LayerRows, Rows, Use, positions_first
 from natgrad.operators.readings import reading_from
@@ -30,6 +30,7 @@ class FactoredRows:
     Attributes:
         space: the parameter space.
         batches: one or more, of one dtype and device.
+        removed: orthonormal columns U; J is then (I − UUᵀ) times what the batches say. With U = 1/√M rows are centred.
 
     Raises:
         EmptyError: there is no batch.
@@ -37,6 +38,7 @@ class FactoredRows:
 
     space: ParameterSpace
     batches: tuple[BatchRows, ...]
+    removed: Float[Tensor, "M k"] | None = None
 
     def __post_init__(self) -> None:
         if not self.batches:
@@ -72,26 +74,36 @@ class FactoredRows:
 
     def __add__(self, other: FactoredRows) -> FactoredRows:
         """The rows of both, one below the other: their matrices JᵀJ add up."""
+        if self.removed is not None or other.removed is not None:
+            raise ConfigError("rows that were centred apart can't be joined: join them first")
         return FactoredRows(self.space, self.batches + other.batches)
+
+    def without(self, columns: Float[Tensor, "M k"]) -> FactoredRows:
+        """(I − UUᵀ) J for orthonormal columns U, which isn't checked."""
+        return dataclasses.replace(self, removed=columns)
+
+    def projected(self, images: Tensor) -> Tensor:
+        """(I − UUᵀ) of each of K vectors [K, M]."""
+        return images if self.removed is None else images - (images @ self.removed) @ self.removed.mT
 
     def scaled(self, factor: float) -> FactoredRows:
         """Every row times a factor."""
-        return FactoredRows(
-            self.space, tuple(dataclasses.replace(b, scale=b.scale * factor) for b in self.batches)
-        )
+        batches = tuple(dataclasses.replace(b, scale=b.scale * factor) for b in self.batches)
+        return dataclasses.replace(self, batches=batches)
 
     @torch.no_grad()
     def matmul(self, rows: Rows) -> Float[Tensor, "K M"]:
         """J v for K vectors."""
         if not len(rows[self.space.names[0]]):  # sizes of nothing can't be told from one another
             return self._like.new_zeros(0, len(self))
-        return torch.cat([batch.matmul(rows) for batch in self.batches], dim=1)
+        return self.projected(torch.cat([batch.matmul(rows) for batch in self.batches], dim=1))
 
     @torch.no_grad()
     def rmatmul(self, weights: Float[Tensor, "K M"]) -> Rows:
         """Jᵀ w for K vectors."""
         if not len(weights):
             return {name: weights.new_zeros(0, *shape) for name, shape in self.space.entries}
+        weights = self.projected(weights)
         total: Rows = {}
         for batch, own in zip(
             self.batches, weights.split([len(b) for b in self.batches], dim=1), strict=True
@@ -110,6 +122,8 @@ class FactoredRows:
     @torch.no_grad()
     def product(self, rows: Rows) -> Rows:
         """JᵀJ v for K vectors, one batch after the other."""
+        if self.removed is not None:
+            return self.rmatmul(self.matmul(rows))
         total: Rows = {}
         for batch in self.batches:
             one = FactoredRows(self.space, (batch,))
@@ -120,7 +134,11 @@ class FactoredRows:
     @torch.no_grad()
     def gram(self) -> Float[Tensor, "M M"]:
         """K = JJᵀ, layer by layer; J is never formed."""
-        return row_gram(self.batches)
+        kernel = row_gram(self.batches)
+        if self.removed is None:
+            return kernel
+        half = kernel - (kernel @ self.removed) @ self.removed.mT
+        return half - self.removed @ (self.removed.mT @ half)
 
     @torch.no_grad()
     def squares(self) -> dict[str, Tensor]:
@@ -129,21 +147,30 @@ class FactoredRows:
         for batch in self.batches:
             for name, own in batch.squares().items():
                 total[name] = total[name] + own if name in total else own
-        return {
+        found = {
             name: total[name].reshape(shape) if name in total else self._like.new_zeros(shape)
             for name, shape in self.space.entries
         }
+        if self.removed is None:
+            return found
+        taken = dataclasses.replace(self, removed=None).rmatmul(self.removed.mT.contiguous())
+        return {name: d - taken[name].square().sum(0) for name, d in found.items()}
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "M P"]:
         """J itself, in the order of flat vectors: for small models, and as a yardstick."""
-        return torch.cat([self._explicit(batch, slice(None)) for batch in self.batches])
+        return self.projected(torch.cat([self._explicit(batch, slice(None)) for batch in self.batches]).mT).mT
 
     @torch.no_grad()
     def covariance(self) -> Float[Tensor, "P P"]:
         """JᵀJ, from a portion of the rows at a time."""
         size = self.space.numel
         total = self._like.new_zeros(size, size)
+        if self.removed is not None:
+            taken = self.space.flatten_rows(
+                dataclasses.replace(self, removed=None).rmatmul(self.removed.mT.contiguous())
+            )
+            total -= taken.mT @ taken
         for batch in self.batches:
             step = max(1, 16 * PORTION // (size * batch.columns))
             for start in range(0, batch.examples, step):
@@ -161,13 +188,13 @@ class FactoredRows:
 
     def restrict(self, names: Sequence[str]) -> FactoredRows:
         """The columns of J for some of the parameters, in the order of `names`."""
-        return FactoredRows(
-            self.space.restrict(names), tuple(batch.restrict(names) for batch in self.batches)
-        )
+        batches = tuple(batch.restrict(names) for batch in self.batches)
+        return FactoredRows(self.space.restrict(names), batches, self.removed)
 
     def to(self, dtype: torch.dtype, device: torch.device) -> FactoredRows:
         """The same in another dtype, or on another device."""
-        return FactoredRows(self.space, tuple(batch.to(dtype, device) for batch in self.batches))
+        removed = None if self.removed is None else self.removed.to(device, dtype)
+        return FactoredRows(self.space, tuple(batch.to(dtype, device) for batch in self.batches), removed)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors by name, and what else makes this object."""
@@ -188,6 +215,8 @@ class FactoredRows:
             tensors |= {f"{i}.rest.{name}": own for name, own in batch.rest.items()}
             sizes = {"columns": batch.columns, "examples": batch.examples, "scale": batch.scale}
             batches.append(sizes | {"layers": layers, "rest": list(batch.rest)})
+        if self.removed is not None:
+            tensors["removed"] = self.removed
         return {name: t.contiguous() for name, t in tensors.items()}, {"batches": batches}
 
     @classmethod
@@ -212,4 +241,4 @@ class FactoredRows:
             batches.append(
                 BatchRows(batch["columns"], batch["examples"], tuple(layers), rest, batch["scale"])
             )
-        return cls(space, tuple(batches))
+        return cls(space, tuple(batches), tensors.get("removed"))

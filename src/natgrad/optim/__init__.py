@@ -3,5 +3,6 @@
 from natgrad.optim.coverage import Coverage, CoverageRow
 from natgrad.optim.info import StepInfo
 from natgrad.optim.natural import NaturalGradient
+from natgrad.optim.reconfigure import reconfigure
 
-__all__ = ["Coverage", "CoverageRow", "NaturalGradient", "StepInfo"]
+__all__ = ["Coverage", "CoverageRow", "NaturalGradient", "StepInfo", "reconfigure"]

@@ -45,6 +45,7 @@ class Curvature:
         self.fallback_optimizer: torch.optim.Optimizer | None = None
         self.fallback_names: list[list[str]] = []
         self.observed = False
+        self.needs_graph = False
         self.trouble: str | None = None
         self._warned = False
         self._due_now: bool | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.errors import NonFiniteError, NotPositiveDefiniteError
+from natgrad.likelihoods import Residuals
 from natgrad.optim.evaluation import (
     dot,
     gradient_of,
@@ -17,16 +18,17 @@ from natgrad.optim.evaluation import (
     require_batch,
     require_finite_direction,
 )
+from natgrad.optim.least_squares import LeastSquaresSteps
 from natgrad.optim.model import Basis, Expansion, Probe, expand
 from natgrad.optim.moves import add, forget, go, take_back, update_of, velocity_of
-from natgrad.optim.plumbing import Plumbing, Vector
+from natgrad.optim.plumbing import Vector
 from natgrad.steps import AdaptiveStep, FixedStep, Promise, Witness
 
 # In the first step a smaller λ is taken if it leaves less than this part of the loss.
 MUCH_BETTER = 0.75
 
 
-class NaturalGradient(Plumbing):
+class NaturalGradient(LeastSquaresSteps):
     """Natural gradient descent for a PyTorch model, in an ordinary training loop.
 
     With ``lr=None`` nothing is to be tuned: step size and momentum minimise the quadratic model with the exact Fisher
@@ -57,7 +59,7 @@ class NaturalGradient(Plumbing):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor | float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | float | None:  # type: ignore[override]
         """One step of natural gradient descent.
 
         Args:
@@ -72,6 +74,8 @@ class NaturalGradient(Plumbing):
             StepError: no gradient, or no batch was seen.
             ModelChangedError: the model's parameters are not those the optimiser was built with.
         """
+        if isinstance(self.likelihood, Residuals):
+            return self._step_on_residuals(closure)
         self._seconds = {}
         with self._timed("evaluate"):
             returned = self._evaluate(closure)

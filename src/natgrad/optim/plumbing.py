@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.errors import ConfigError, NonFiniteError
-from natgrad.likelihoods import Likelihood, likelihood_from
+from natgrad.likelihoods import Likelihood, Residuals, likelihood_from
 from natgrad.metrics import Metric
 from natgrad.optim.coverage import Coverage
 from natgrad.optim.curvature import Curvature
@@ -28,9 +28,11 @@ from natgrad.steps import (
     Damping,
     FixedStep,
     Promise,
+    ResidualStep,
     StepSize,
     Witness,
     damping_from,
+    residual_step_from,
     step_size_from,
 )
 from natgrad.steps.penalty import L2
@@ -52,11 +54,11 @@ class Plumbing(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: nn.Module | Likelihood,
+        likelihood: nn.Module | Likelihood | None = None,
         params: Iterable[Any] | None = None,
         *,
         metric: str | Metric = "kfac",
-        lr: float | StepSize | None = None,
+        lr: float | StepSize | ResidualStep | None = None,
         momentum: float | None = None,
         damping: float | Damping | None = None,
         weight_decay: float | L2 = 0.0,
@@ -67,9 +69,13 @@ class Plumbing(torch.optim.Optimizer):
     ) -> None:
         if on_nonfinite not in ("raise", "skip"):
             raise ConfigError(f"on_nonfinite must be 'raise' or 'skip', not {on_nonfinite!r}")
-        self.likelihood = likelihood_from(likelihood)
-        self.step_size = step_size_from(lr, momentum)
-        measurable = isinstance(likelihood, nn.Module)  # ρ needs the loss, so it needs the targets
+        self.likelihood = Residuals() if likelihood is None else likelihood_from(likelihood)
+        on_residuals = isinstance(self.likelihood, Residuals)
+        self.step_size: StepSize | ResidualStep = (
+            residual_step_from(lr, momentum) if on_residuals else step_size_from(lr, momentum)
+        )
+        # ρ needs the loss, so it needs the targets, or residuals.
+        measurable = isinstance(likelihood, nn.Module) or on_residuals
         self.damping_rule = damping_from(damping, isinstance(self.step_size, AdaptiveStep) and measurable)
         if not measurable and not isinstance(self.damping_rule, ConstantDamping):
             raise ConfigError(
@@ -87,6 +93,11 @@ class Plumbing(torch.optim.Optimizer):
         self._confirmation = Confirmation()
         self._alarm = Alarm()
         self._seconds: dict[str, float] = {}
+        self._agreed: set[object] = set()
+        if on_residuals and any(group["weight_decay"] or group["l2"] for group in self._members.groups):
+            raise ConfigError(
+                "the decay of weights is a residual too: return {..., 'decay': η**0.5 * θ} beside yours"
+            )
         default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0
         self._built = False
         super().__init__(self._members.groups, {"lr": default_lr})

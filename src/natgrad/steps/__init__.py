@@ -4,23 +4,39 @@ from natgrad.steps.alarm import Alarm
 from natgrad.steps.confirmation import Confirmation, Promise
 from natgrad.steps.damping import ConstantDamping, Damping, LevenbergMarquardt, damping_from
 from natgrad.steps.penalty import L2
+from natgrad.steps.problem import Decision, LeastSquares
 from natgrad.steps.quadratic import QuadraticModel
-from natgrad.steps.size import AdaptiveStep, FixedStep, StepSize, step_size_from
+from natgrad.steps.search import CurvedSearch
+from natgrad.steps.size import (
+    AdaptiveStep,
+    FixedStep,
+    ResidualStep,
+    StepSize,
+    residual_step_from,
+    step_size_from,
+)
+from natgrad.steps.spring import SPRING
 from natgrad.steps.witness import Witness
 
 __all__ = [
     "L2",
+    "SPRING",
     "AdaptiveStep",
     "Alarm",
     "Confirmation",
     "ConstantDamping",
+    "CurvedSearch",
     "Damping",
+    "Decision",
     "FixedStep",
+    "LeastSquares",
     "LevenbergMarquardt",
     "Promise",
     "QuadraticModel",
+    "ResidualStep",
     "StepSize",
     "Witness",
     "damping_from",
+    "residual_step_from",
     "step_size_from",
 ]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from natgrad.errors import ConfigError
 from natgrad.steps.quadratic import QuadraticModel
+from natgrad.steps.search import CurvedSearch
+from natgrad.steps.spring import SPRING
 
 # α below this is never held back: F̂ would have to be wrong by a factor of ten for it to be too large.
 HARMLESS = 0.1
@@ -161,7 +163,7 @@ def believable(model: QuadraticModel, c: Float[Tensor, "K"], unit: float = 1.0) 
 StepSize: TypeAlias = FixedStep | AdaptiveStep
 
 
-def step_size_from(lr: float | StepSize | None, momentum: float | None) -> StepSize:
+def step_size_from(lr: object, momentum: float | None) -> StepSize:
     """A strategy from what the user gave as `lr` and `momentum`."""
     if isinstance(lr, StepSize):
         if momentum is not None:
@@ -172,3 +174,24 @@ def step_size_from(lr: float | StepSize | None, momentum: float | None) -> StepS
     if isinstance(lr, bool) or not isinstance(lr, (int, float)):
         raise ConfigError(f"lr must be a number, None, or a natgrad step size, not {lr!r}")
     return FixedStep(float(lr), momentum or 0.0)
+
+
+# What decides a step on residuals.
+ResidualStep: TypeAlias = SPRING | CurvedSearch
+
+
+def residual_step_from(lr: object, momentum: float | None) -> ResidualStep:
+    """A strategy for residuals from what the user gave as `lr` and `momentum`: a search unless there is an lr."""
+    if isinstance(lr, ResidualStep):
+        if momentum is not None:
+            raise ConfigError("give momentum to the step size object, not beside it")
+        return lr
+    if lr is None:
+        if momentum is not None:
+            raise ConfigError("momentum on residuals goes with lr=, or is natgrad.SPRING(lr, momentum)")
+        return CurvedSearch()
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        raise ConfigError(
+            f"lr must be a number, None, or natgrad.SPRING or CurvedSearch where residuals are fitted, not {lr!r}"
+        )
+    return SPRING(float(lr), momentum or 0.0)

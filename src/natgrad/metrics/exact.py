@@ -1,0 +1,57 @@
+"""The exact Fisher information, in the representation that suits the numbers of rows and of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from natgrad.metrics.base import Estimate, Kind, Metric, check_kind
+from natgrad.metrics.rowestimate import RowEstimate
+from natgrad.operators import FactoredRows, Gram, LinearOperator, MatrixFree, Rectangular
+
+# Up to so many of the fewer of rows and parameters the singular values of J take less than half a second (two cores).
+RECTANGULAR = 768
+# J is formed up to so many numbers.
+JACOBIAN = 2**24
+# JJᵀ [M, M], or F [P, P] where that is smaller, is formed up to such a side.
+GRAM = 16384
+
+
+@dataclass(frozen=True)
+class Exact(Metric):
+    """F = JᵀJ of the present batch, exactly; how it is solved with is chosen by size.
+
+    | chosen | where |
+    |---|---|
+    | "rectangular" | J [M, P] is small: its singular values, so that nothing is squared |
+    | "dense" | fewer parameters than rows, at most 16,384: Cholesky of JᵀJ |
+    | "gram" | fewer rows than parameters, at most 16,384: Cholesky of JJᵀ, layer by layer |
+    | "matrixfree" | both are many: conjugate gradients, begun at the last solution |
+
+    Which it was stands in `optimizer.info.solver`. Rows of different steps don't join, so there is no average.
+
+    Attributes:
+        kind: the signals: every output column ("exact"), sampled from the model ("mc"), or real gradients
+            ("empirical").
+    """
+
+    kind: Kind = "exact"
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+
+    def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
+        """An estimate of the whole matrix."""
+        return RowEstimate(parameters, self.kind, operator_by_size)
+
+
+def operator_by_size(rows: FactoredRows) -> LinearOperator:
+    """The exact operator that suits so many rows and parameters."""
+    count, size = len(rows), rows.space.numel
+    if count * size <= JACOBIAN and min(count, size) <= RECTANGULAR:
+        return Rectangular(rows)
+    if min(count, size) <= GRAM:
+        return Gram(rows)
+    return MatrixFree(rows.space, None, rows, dtype=rows.dtype, device=rows.device)

@@ -1,0 +1,104 @@
+"""The step on residuals: δ = −(F + λI)⁻¹ Jᵀr, where a closure returns r(θ) and F is its Gauss–Newton matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.errors import ConfigError, NonFiniteError, StepError
+from natgrad.likelihoods import Residuals
+from natgrad.operators import ParameterSpace
+from natgrad.optim.linearised import Linearised
+from natgrad.optim.plumbing import Plumbing
+from natgrad.steps import SPRING, CurvedSearch, Decision
+
+
+class LeastSquaresSteps(Plumbing):
+    """The steps of an optimiser whose loss is ½ Σ_b w_b mean ‖r_b‖²."""
+
+    def _step_on_residuals(self, closure: Callable[[], Any] | None) -> Tensor:
+        """One step; returns the loss before it."""
+        if closure is None:
+            raise StepError(
+                "this optimiser was given no loss, so that it takes residuals: call step(lambda: residuals), or give "
+                "it the loss"
+            )
+        assert isinstance(self.likelihood, Residuals)
+        self._members.check_unchanged()
+        self._seconds = {}
+        self._curvature.restart(self._step)
+        self._batch += 1
+        try:
+            with self._timed("evaluate"), self._watcher.paused():
+                problem = Linearised(
+                    closure,
+                    self.likelihood,
+                    self._members,
+                    self.param_groups,
+                    self._curvature,
+                    self._step,
+                    self._agreed,
+                )
+        except NonFiniteError as error:
+            self._skip(str(error), None, float("nan"))
+            return torch.full((), float("nan"))
+        if not problem.movable and (not isinstance(self.step_size, SPRING) or problem.operator is None):
+            raise ConfigError(
+                "local energies hold at the present parameters only, and their metric is that of centred scores: give "
+                'lr=, and metric="exact", "gram", "rectangular" or "sketched"'
+            )
+        with self._timed("solve"), self._watcher.paused():
+            decision = self._decide(problem)
+            record = self._account(problem, decision)
+        if decision.update is not None:
+            self._require_finite_update(decision.update)
+            problem.move(decision.update)
+        self._remember(problem.space, decision.direction)
+        self._curvature.fall_back()
+        self.damping = decision.following
+        self._finish(record)
+        return torch.tensor(problem.loss, dtype=problem.residuals.dtype)
+
+    def _decide(self, problem: Linearised) -> Decision:
+        previous = self._recall(problem.space)
+        if isinstance(self.step_size, SPRING):
+            return self.step_size.decide(problem, self.damping, previous, self._step)
+        assert isinstance(self.step_size, CurvedSearch)
+        return self.step_size.decide(problem, None if self._step == 0 else self.damping, previous)
+
+    def _require_finite_update(self, update: Tensor) -> None:
+        if not bool(torch.isfinite(update.sum())):
+            raise NonFiniteError(
+                "the step is not finite although the residuals are; no parameter was changed. Raise the damping, or "
+                "work in float64"
+            )
+
+    def _recall(self, space: ParameterSpace) -> Tensor | None:
+        """δ₀; zero for parameters that did not move then."""
+        last = {name: self._at(name)[2].get("last") for name in space.names}
+        if all(value is None for value in last.values()):
+            return None
+        return space.flatten(
+            {name: torch.zeros_like(self._at(name)[1]) if v is None else v for name, v in last.items()}
+        )
+
+    def _remember(self, space: ParameterSpace, direction: Tensor) -> None:
+        for name, value in space.unflatten(direction).items():
+            self._at(name)[2]["last"] = value.clone()
+
+    def _account(self, problem: Linearised, decision: Decision) -> dict[str, Any]:
+        loss = problem.loss
+        return {
+            "loss": loss,
+            "damping": decision.damping,
+            "alpha": decision.alpha,
+            "grad_norm": float(problem.gradient().norm()),
+            "predicted": decision.predicted,
+            "actual": None if decision.loss is None else decision.loss - loss,
+            "rho": None
+            if decision.loss is None or not decision.predicted
+            else (decision.loss - loss) / decision.predicted,
+        }

@@ -1,0 +1,66 @@
+"""What a strategy for least squares is given, and what it gives back."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class LeastSquares(abc.ABC):
+    """r(θ + δ) ≈ r + Jδ in one step. Vectors δ are flat.
+
+    Attributes:
+        residuals: r, scaled so that the loss is ½‖r‖².
+    """
+
+    residuals: Float[Tensor, "M"]
+
+    @abc.abstractmethod
+    def gradient(self) -> Float[Tensor, "P"]:
+        """∇h = Jᵀr."""
+
+    @abc.abstractmethod
+    def image(self, delta: Float[Tensor, "P"]) -> Float[Tensor, "M"]:
+        """Jδ."""
+
+    @abc.abstractmethod
+    def solve(self, target: Float[Tensor, "M"], damping: float, cutoff: float = 0.0) -> Float[Tensor, "P"]:
+        """(F + λI)⁻¹ Jᵀ target; F = JᵀJ, or what a metric makes of it.
+
+        Args:
+            target: the right-hand side of Jδ ≈ target.
+            damping: λ.
+            cutoff: singular values of J up to so many times the largest count as zero, where the metric knows them.
+        """
+
+    @abc.abstractmethod
+    def at(self, delta: Float[Tensor, "P"]) -> Float[Tensor, "M"] | None:
+        """r(θ + δ); None where it is not finite."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a strategy decided.
+
+    Attributes:
+        update: δ; None where nothing that was tried lowers the loss.
+        direction: what the next step's momentum goes on with.
+        alpha: the length of the step, 1 for the whole of (F + λI)⁻¹∇h.
+        damping: λ that the step was made with.
+        following: λ for the next step.
+        loss: ½‖r(θ+δ)‖², where it was measured.
+        predicted: M(δ) − M(0), where it was.
+        evaluations: how often the residuals were evaluated at other parameters.
+    """
+
+    update: Float[Tensor, "P"] | None
+    direction: Float[Tensor, "P"]
+    alpha: float
+    damping: float
+    following: float
+    loss: float | None = None
+    predicted: float | None = None
+    evaluations: int = 0
