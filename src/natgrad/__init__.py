@@ -1,5 +1,6 @@
 """Natural gradient descent for PyTorch: θ ← θ − α (F(θ) + λI)⁻¹ ∇L(θ)."""
 
+from natgrad import pde
 from natgrad.errors import (
     ConfigError,
     ConvergenceWarning,
@@ -43,18 +44,22 @@ from natgrad.metrics import (
     MatrixFree,
     Metric,
     Rectangular,
+    Sketched,
 )
 from natgrad.operators import LinearOperator, ParameterSpace, load_operator
-from natgrad.optim import Coverage, NaturalGradient, StepInfo, reconfigure
+from natgrad.optim import Coverage, NaturalGradient, StepInfo, policy, reconfigure
 from natgrad.steps import (
     L2,
     SPRING,
+    AdaptiveSPRING,
     AdaptiveStep,
     ConstantDamping,
     CurvedSearch,
     Damping,
     FixedStep,
     LevenbergMarquardt,
+    NoiseFloor,
+    TrustRegion,
 )
 
 __version__ = "0.1.0"
@@ -64,6 +69,7 @@ __all__ = [
     "KFAC",
     "L2",
     "SPRING",
+    "AdaptiveSPRING",
     "AdaptiveStep",
     "Bernoulli",
     "Block",
@@ -95,6 +101,7 @@ __all__ = [
     "ModelChangedError",
     "NatgradError",
     "NaturalGradient",
+    "NoiseFloor",
     "NonFiniteError",
     "NotPositiveDefiniteError",
     "OutputError",
@@ -104,10 +111,12 @@ __all__ = [
     "Residuals",
     "RunError",
     "Scores",
+    "Sketched",
     "StateError",
     "StepError",
     "StepInfo",
     "TargetError",
+    "TrustRegion",
     "UnknownNameError",
     "UnsupportedLossError",
     "VectorError",
@@ -117,5 +126,7 @@ __all__ = [
     "kl",
     "length",
     "load_operator",
+    "pde",
+    "policy",
     "reconfigure",
 ]

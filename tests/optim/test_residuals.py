@@ -102,7 +102,9 @@ def test_arguments_that_make_no_sense_for_residuals() -> None:
     with pytest.raises(ConfigError, match="decay"):
         natgrad.NaturalGradient(network(), weight_decay=0.1)
     with pytest.raises(ConfigError, match="momentum"):
-        natgrad.NaturalGradient(network(), momentum=0.9)
+        natgrad.NaturalGradient(network(), lr=natgrad.SPRING(0.1), momentum=0.9)
+    with pytest.raises(ConfigError, match="NoiseFloor goes with"):
+        natgrad.NaturalGradient(network(), damping=natgrad.NoiseFloor())
     with pytest.raises(ConfigError, match="SPRING"):
         natgrad.NaturalGradient(network(), lr=natgrad.FixedStep(0.1))
     with pytest.raises(ConfigError, match="weights for 'edge'"):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -44,6 +44,9 @@ class Likelihood(abc.ABC):
     """
 
     reduction: str = "mean"
+
+    # How many negative log-likelihoods the loss of an event is; torch's squared error is two.
+    _nlls: ClassVar[float] = 1.0
 
     def loss(self, outputs: Outputs, targets: Targets) -> Float[Tensor, ""]:
         """The reduced loss h(z, y): value and gradient of the torch.nn loss that this likelihood maps to.
@@ -145,6 +148,18 @@ class Likelihood(abc.ABC):
         """
         targets = self._admit(outputs, targets)
         return float(self._mass(detached(outputs), detached(targets)))
+
+    def unit(self, outputs: Outputs, examples: int) -> float:
+        """One nat per example on the scale of the loss, where no event has a weight.
+
+        Args:
+            outputs: z.
+            examples: how many examples they hold.
+
+        Raises:
+            OutputError: as `check`.
+        """
+        return self._nlls * examples / (self.mass(outputs) if self.reduction == "mean" else 1.0)
 
     def divergence(
         self, outputs: Outputs, other: Outputs, targets: Targets | None = None

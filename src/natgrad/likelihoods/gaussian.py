@@ -30,6 +30,8 @@ class Gaussian(DiagonalLikelihood):
         ConfigError: a reduction other than these.
     """
 
+    _nlls = 2.0
+
     def __post_init__(self) -> None:
         check_reduction(self.reduction)
 

@@ -26,6 +26,10 @@ class StepInfo:
         undone: whether this step took the last one back, because the batch's loss was beyond what batches explain.
         skipped: how many steps were skipped so far because something was not finite.
         stages: block → factor → the stage of the fallback that its factorisation took, where not the first.
+        solver: on residuals, what the step was solved with, such as "rectangular 1,020 × 257".
+        rank: how many singular values of J are above √λ, where they are known.
+        condition: the largest singular value of J over the least, where J or JJᵀ was factorised.
+        stalled: on residuals, whether nothing that was tried lowered the loss, so that nothing moved.
         seconds: phase → seconds of this step.
     """
 
@@ -44,4 +48,8 @@ class StepInfo:
     undone: bool = False
     skipped: int = 0
     stages: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    solver: str = ""
+    rank: int | None = None
+    condition: float | None = None
+    stalled: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)

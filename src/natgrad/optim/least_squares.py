@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from natgrad.likelihoods import Residuals
 from natgrad.operators import ParameterSpace
 from natgrad.optim.linearised import Linearised
 from natgrad.optim.plumbing import Plumbing
-from natgrad.steps import SPRING, CurvedSearch, Decision
+from natgrad.steps import SPRING, AdaptiveSPRING, CurvedSearch, Decision, NoiseFloor, step_for
 
 
 class LeastSquaresSteps(Plumbing):
@@ -65,9 +68,29 @@ class LeastSquaresSteps(Plumbing):
     def _decide(self, problem: Linearised) -> Decision:
         previous = self._recall(problem.space)
         if isinstance(self.step_size, SPRING):
-            return self.step_size.decide(problem, self.damping, previous, self._step)
-        assert isinstance(self.step_size, CurvedSearch)
-        return self.step_size.decide(problem, None if self._step == 0 else self.damping, previous)
+            return self._spring(self.step_size, problem, previous)
+        assert isinstance(self.step_size, (AdaptiveSPRING, CurvedSearch, NoneType))
+        strategy = self.step_size or step_for(problem)
+        return strategy.decide(
+            problem, None if self._step == 0 and self._finds_damping else self.damping, previous
+        )
+
+    def _spring(self, spring: SPRING, problem: Linearised, previous: Tensor | None) -> Decision:
+        rule = self.damping_rule
+        damping = self.damping
+        if isinstance(rule, NoiseFloor):
+            damping = rule.of(problem.largest, len(problem.residuals), problem.residuals.dtype)
+        decision = spring.decide(problem, damping, previous, self._step)
+        if not (rule.due(self._step + 1) and problem.movable and decision.update is not None):
+            return decision
+        image, after = problem.image(decision.update), problem.at(decision.update)
+        loss = math.inf if after is None else 0.5 * float(after.square().sum())
+        predicted = float(problem.residuals @ image) + 0.5 * float(image @ image)
+        ratio = (loss - problem.loss) / predicted if predicted < 0 else math.nan
+        following = rule.update(damping, ratio)
+        return dataclasses.replace(
+            decision, following=following, loss=loss, predicted=predicted, evaluations=1
+        )
 
     def _require_finite_update(self, update: Tensor) -> None:
         if not bool(torch.isfinite(update.sum())):
@@ -92,7 +115,9 @@ class LeastSquaresSteps(Plumbing):
     def _account(self, problem: Linearised, decision: Decision) -> dict[str, Any]:
         loss = problem.loss
         return {
+            **problem.solver(decision.damping),
             "loss": loss,
+            "stalled": decision.update is None,
             "damping": decision.damping,
             "alpha": decision.alpha,
             "grad_norm": float(problem.gradient().norm()),

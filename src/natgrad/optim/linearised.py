@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.errors import CoverageWarning, NonFiniteError, StepError
 from natgrad.likelihoods import ResidualBlock, Residuals
-from natgrad.operators import ParameterSpace, RowOperator
+from natgrad.operators import ParameterSpace, Rectangular, RowOperator
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.groups import Membership
 from natgrad.steps import LeastSquares
@@ -77,6 +77,7 @@ class Linearised(LeastSquares):
         self._base = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._observe()
         self.operator = self._row_operator()
+        self.sharp = isinstance(self.operator, Rectangular)
         if self.operator is not None and not self._check_rows(agreed):
             self._observe()
             self.operator = self._row_operator()
@@ -112,7 +113,7 @@ class Linearised(LeastSquares):
         if all(block.removed is None for block in self._blocks):
             return operator
         removed = torch.block_diag(*[_columns(block) for block in self._blocks])
-        return type(operator)(operator.rows.without(removed))
+        return dataclasses.replace(operator, rows=operator.rows.without(removed))
 
     def _check_rows(self, agreed: set[object]) -> bool:
         """Sees that the rows' Jᵀw is autograd's: that every point's residual depends on that point's inputs alone.
@@ -177,6 +178,15 @@ class Linearised(LeastSquares):
         )
         return {name: g for name, g in zip(self._parameters, found, strict=True) if g is not None}
 
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue of F, where singular values are known; else its Rayleigh quotient at the gradient."""
+        if isinstance(self.operator, Rectangular):
+            return float(self.operator.singular.values[0]) ** 2
+        gradient = self.gradient()
+        size = float(gradient.square().sum())
+        return float(self.image(gradient).square().sum()) / size if size else 1.0
+
     def gradient(self) -> Float[Tensor, "P"]:
         """∇h = Jᵀr."""
         if self.operator is not None:
@@ -195,16 +205,16 @@ class Linearised(LeastSquares):
             product = torch.stack([(g * parts[name]).sum() for name, g in pulled.items()]).sum()
             return torch.autograd.grad(product, weights)[0]
 
-    def solve(self, target: Float[Tensor, "M"], damping: float, cutoff: float = 0.0) -> Float[Tensor, "P"]:
+    def solve(self, target: Float[Tensor, "M"], damping: float, order: float = 1.0) -> Float[Tensor, "P"]:
         """(F + λI)⁻¹ Jᵀ target, with F as the metric represents it.
 
         Args:
             target: the right-hand side of Jδ ≈ target.
             damping: λ.
-            cutoff: as in `RowOperator.dual_solve`; of no effect for metrics that keep no rows.
+            order: as in `RowOperator.dual_solve`; of no effect for metrics that keep no rows.
         """
         if self.operator is not None:
-            return self.space.flatten(self.operator.dual_solve(target, damping, cutoff))
+            return self.space.flatten(self.operator.dual_solve(target, damping, order))
         gradient = self._pulled_back(target)
         direction = self._curvature.direction(gradient, dict.fromkeys(gradient, damping), self._step)
         return -self.space.flatten(
@@ -213,6 +223,18 @@ class Linearised(LeastSquares):
                 for name, g in gradient.items()
             }
         )
+
+    def solver(self, damping: float) -> dict[str, Any]:
+        """What `solve` goes through, for `StepInfo`."""
+        if self.operator is None:
+            names = {type(metric).__name__.lower(): None for metric, _, _ in self._curvature.estimates}
+            return {"solver": " and ".join(names)}
+        rows, columns = len(self.operator.rows), self.space.numel
+        return {
+            "solver": f"{type(self.operator).__name__.lower()} {rows:,} × {columns:,}",
+            "rank": self.operator.effective_rank(damping),
+            "condition": self.operator.condition,
+        }
 
     def at(self, delta: Float[Tensor, "P"]) -> Float[Tensor, "M"] | None:
         """r(θ + δ), with the same random draws as r(θ); None where it is not finite.

@@ -22,13 +22,15 @@ from natgrad.optim.least_squares import LeastSquaresSteps
 from natgrad.optim.model import Basis, Expansion, Probe, expand
 from natgrad.optim.moves import add, forget, go, take_back, update_of, velocity_of
 from natgrad.optim.plumbing import Vector
+from natgrad.optim.policy import Policy
+from natgrad.optim.trust_region import TrustRegionSteps, check_policy_call
 from natgrad.steps import AdaptiveStep, FixedStep, Promise, Witness
 
 # In the first step a smaller λ is taken if it leaves less than this part of the loss.
 MUCH_BETTER = 0.75
 
 
-class NaturalGradient(LeastSquaresSteps):
+class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
     """Natural gradient descent for a PyTorch model, in an ordinary training loop.
 
     With ``lr=None`` nothing is to be tuned: step size and momentum minimise the quadratic model with the exact Fisher
@@ -41,7 +43,7 @@ class NaturalGradient(LeastSquaresSteps):
             of α where steps are adaptive), ``weight_decay``, ``metric`` and ``frozen``.
         metric: the representation of F: ``"kfac"``, ``"diagonal"``, ``"dense"``, ``"euclidean"``, or an object such
             as ``natgrad.KFAC(kind="exact")``.
-        lr: a fixed α, or None to adapt it.
+        lr: a fixed α, None to adapt it, or `natgrad.TrustRegion()` for the steps of a policy (see `natgrad.policy`).
         momentum: a fixed μ; by default adapted with α, and 0 where lr is given.
         damping: a fixed λ or a strategy; by default Levenberg–Marquardt, and 1e-3 where lr is given or where only a
             likelihood is (a loss computed inside the model can't be measured again).
@@ -59,12 +61,12 @@ class NaturalGradient(LeastSquaresSteps):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | Policy | None = None) -> Tensor | float | None:  # type: ignore[override]
         """One step of natural gradient descent.
 
         Args:
             closure: clears the gradients, computes the loss, calls backward, and returns the loss; not needed in an
-                ordinary loop.
+                ordinary loop. It returns residuals where no loss was given, and is a `natgrad.policy` for a policy.
 
         Returns:
             What the closure returned.
@@ -74,6 +76,9 @@ class NaturalGradient(LeastSquaresSteps):
             StepError: no gradient, or no batch was seen.
             ModelChangedError: the model's parameters are not those the optimiser was built with.
         """
+        if isinstance(closure, Policy):
+            return self._step_on_policy(closure)
+        check_policy_call(self.step_size)
         if isinstance(self.likelihood, Residuals):
             return self._step_on_residuals(closure)
         self._seconds = {}

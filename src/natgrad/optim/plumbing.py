@@ -21,15 +21,18 @@ from natgrad.optim.info import StepInfo
 from natgrad.optim.saving import load_state, save_state
 from natgrad.optim.watcher import Watcher
 from natgrad.steps import (
+    SPRING,
     AdaptiveStep,
     Alarm,
     Confirmation,
     ConstantDamping,
     Damping,
     FixedStep,
+    NoiseFloor,
     Promise,
     ResidualStep,
     StepSize,
+    TrustRegion,
     Witness,
     damping_from,
     residual_step_from,
@@ -71,7 +74,7 @@ class Plumbing(torch.optim.Optimizer):
             raise ConfigError(f"on_nonfinite must be 'raise' or 'skip', not {on_nonfinite!r}")
         self.likelihood = Residuals() if likelihood is None else likelihood_from(likelihood)
         on_residuals = isinstance(self.likelihood, Residuals)
-        self.step_size: StepSize | ResidualStep = (
+        self.step_size: StepSize | ResidualStep | None = (
             residual_step_from(lr, momentum) if on_residuals else step_size_from(lr, momentum)
         )
         # ρ needs the loss, so it needs the targets, or residuals.
@@ -94,10 +97,15 @@ class Plumbing(torch.optim.Optimizer):
         self._alarm = Alarm()
         self._seconds: dict[str, float] = {}
         self._agreed: set[object] = set()
+        self._finds_damping = damping is None
+        if isinstance(self.damping_rule, NoiseFloor) and not isinstance(self.step_size, SPRING):
+            raise ConfigError("NoiseFloor goes with lr= or natgrad.SPRING on residuals")
         if on_residuals and any(group["weight_decay"] or group["l2"] for group in self._members.groups):
             raise ConfigError(
                 "the decay of weights is a residual too: return {..., 'decay': η**0.5 * θ} beside yours"
             )
+        if isinstance(self.step_size, TrustRegion):
+            self._check_trust_region(fallback)
         default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0
         self._built = False
         super().__init__(self._members.groups, {"lr": default_lr})
@@ -112,6 +120,14 @@ class Plumbing(torch.optim.Optimizer):
             self._curvature.due,
             self._curvature.observe,
         )
+
+    def _check_trust_region(self, fallback: object) -> None:
+        if not isinstance(self.damping_rule, ConstantDamping):
+            raise ConfigError("the trust region bounds the step already: give a number as damping beside it")
+        if any(group["weight_decay"] or group["l2"] for group in self._members.groups):
+            raise ConfigError("the trust region measures the policy's divergence: leave weight_decay out")
+        if fallback is not None:
+            raise ConfigError("a fallback optimiser's step would leave the trust region: leave fallback= out")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and the batches that were seen since the last step."""

@@ -54,6 +54,7 @@ class Watcher:
         batches: the micro-batches since the last `clear` whose backward pass has begun.
         losses: their losses, detached.
         rng_states: the states that their forward passes started from.
+        user_outputs: what the user gave to find the outputs.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Watcher:
         self.batches: list[Batch] = []
         self.losses: list[Tensor] = []
         self.rng_states: list[Tensor] = []
-        self._user_outputs = find_outputs
+        self.user_outputs = find_outputs
         self._shape: Callable[[Outputs], Outputs] = _same
         self._tapes, self._due, self._observed = tapes, due, observed
         self._forward: _Forward | None = None
@@ -112,7 +113,7 @@ class Watcher:
         Raises:
             OutputError: they are not tensors; says what the model returned and what to pass.
         """
-        return self._shape(find_outputs(returned, self._user_outputs, "natgrad.NaturalGradient"))
+        return self._shape(find_outputs(returned, self.user_outputs, "natgrad.NaturalGradient"))
 
     def _ignoring(self) -> bool:
         # Inside torch.func's transforms tensors have no values to look at, and no .grad comes of them.

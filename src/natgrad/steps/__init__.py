@@ -1,8 +1,9 @@
 """The quadratic model, and the strategies that choose λ, α and μ."""
 
+from natgrad.steps.adaptive_spring import AdaptiveSPRING
 from natgrad.steps.alarm import Alarm
 from natgrad.steps.confirmation import Confirmation, Promise
-from natgrad.steps.damping import ConstantDamping, Damping, LevenbergMarquardt, damping_from
+from natgrad.steps.damping import ConstantDamping, Damping, LevenbergMarquardt, NoiseFloor, damping_from
 from natgrad.steps.penalty import L2
 from natgrad.steps.problem import Decision, LeastSquares
 from natgrad.steps.quadratic import QuadraticModel
@@ -13,14 +14,17 @@ from natgrad.steps.size import (
     ResidualStep,
     StepSize,
     residual_step_from,
+    step_for,
     step_size_from,
 )
 from natgrad.steps.spring import SPRING
+from natgrad.steps.trust import Trial, TrustRegion
 from natgrad.steps.witness import Witness
 
 __all__ = [
     "L2",
     "SPRING",
+    "AdaptiveSPRING",
     "AdaptiveStep",
     "Alarm",
     "Confirmation",
@@ -31,12 +35,16 @@ __all__ = [
     "FixedStep",
     "LeastSquares",
     "LevenbergMarquardt",
+    "NoiseFloor",
     "Promise",
     "QuadraticModel",
     "ResidualStep",
     "StepSize",
+    "Trial",
+    "TrustRegion",
     "Witness",
     "damping_from",
     "residual_step_from",
+    "step_for",
     "step_size_from",
 ]

@@ -6,6 +6,8 @@ import abc
 import math
 from dataclasses import dataclass
 
+import torch
+
 from natgrad.errors import ConfigError
 from natgrad.steps.witness import Witness
 
@@ -110,6 +112,38 @@ class LevenbergMarquardt(Damping):
         elif ratio > 0.75 and witness.alpha > high:
             damping = damping * factor
         return min(max(damping, self.least), self.greatest)
+
+
+@dataclass(frozen=True)
+class NoiseFloor(Damping):
+    """λ at what rounding leaves of F's spectrum: the least that a solve through JJᵀ or JᵀJ bears.
+
+    For steps on residuals. A system of M rows in a precision of ε has eigenvalues that are noise up to about M ε times
+    its largest one.
+
+    Attributes:
+        initial: λ in that unit.
+    """
+
+    initial: float = 1.0
+
+    def due(self, step: int) -> bool:
+        """Never: ρ is not needed."""
+        return False
+
+    def update(self, damping: float, ratio: float, witness: Witness | None = None) -> float:
+        """λ, unchanged; it is found anew in each step."""
+        return damping
+
+    def of(self, largest: float, rows: int, dtype: torch.dtype) -> float:
+        """λ.
+
+        Args:
+            largest: F's largest eigenvalue.
+            rows: M.
+            dtype: of the solve.
+        """
+        return self.initial * rows * torch.finfo(dtype).eps * largest
 
 
 def damping_from(damping: float | Damping | None, adaptive: bool) -> Damping:

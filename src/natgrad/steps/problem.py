@@ -14,9 +14,16 @@ class LeastSquares(abc.ABC):
 
     Attributes:
         residuals: r, scaled so that the loss is ½‖r‖².
+        sharp: whether the singular values of J are known, so that `solve` takes an order.
     """
 
     residuals: Float[Tensor, "M"]
+    sharp: bool = False
+
+    @property
+    @abc.abstractmethod
+    def largest(self) -> float:
+        """The largest eigenvalue of F, or about that."""
 
     @abc.abstractmethod
     def gradient(self) -> Float[Tensor, "P"]:
@@ -27,13 +34,14 @@ class LeastSquares(abc.ABC):
         """Jδ."""
 
     @abc.abstractmethod
-    def solve(self, target: Float[Tensor, "M"], damping: float, cutoff: float = 0.0) -> Float[Tensor, "P"]:
+    def solve(self, target: Float[Tensor, "M"], damping: float, order: float = 1.0) -> Float[Tensor, "P"]:
         """(F + λI)⁻¹ Jᵀ target; F = JᵀJ, or what a metric makes of it.
 
         Args:
             target: the right-hand side of Jδ ≈ target.
             damping: λ.
-            cutoff: singular values of J up to so many times the largest count as zero, where the metric knows them.
+            order: how sharply small singular values of J are left out, see `RowOperator.dual_solve`; of no effect for
+                metrics that don't know them.
         """
 
     @abc.abstractmethod

@@ -2,87 +2,130 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.errors import ConfigError
 from natgrad.steps.problem import Decision, LeastSquares
 
+# A second derivative along v is taken over this part of v.
+PROBE = 0.1
+# The correction ½t²a is left out where ‖ta‖ is more than so many times ‖v‖: there the curve is no expansion.
+BENT = 1.5
+
 
 @dataclass(frozen=True)
 class CurvedSearch:
-    """Levenberg–Marquardt with geodesic acceleration and a backtracking search.
+    """The step for residuals that stay the same: as long a step as lowers the loss, down to rounding.
 
     The direction v = −(F + λI)⁻¹Jᵀr is bent by a = −(F + λI)⁻¹Jᵀr″, where r″ is the second derivative of r along v
-    (Transtrum & Sethna 2012, "Improvements to the Levenberg–Marquardt algorithm for nonlinear least-squares
-    minimization", arXiv 1201.5885, §4), and the loss is searched along θ + tv + ½t²a. λ is the least of a ladder for
-    which a step of fair length lowers the loss: long steps are better than greedy ones, which end in narrow valleys.
+    (geodesic acceleration: Transtrum & Sethna 2012, "Improvements to the Levenberg–Marquardt algorithm for nonlinear
+    least-squares minimization", arXiv 1201.5885, §4), and the loss is searched along θ + tv + ½t²a by halving t.
+
+    λ is the least of a ladder, from a rung below the last step's upwards, for which t ≥ `shortest`. A greedy λ, with
+    the lowest loss after each step, ends in narrow valleys and crawls; long steps that lower the loss by little pass
+    them by. Where the metric knows the singular values of J, small ones are left out rather than damped (`order`).
+
+    Attributes:
+        initial: the first λ, in the largest eigenvalue of F.
+        shortest: the least t.
+        rung: the ladder's factor, of λ.
+        order: how sharply singular values below √λ are left out, where they are known.
+        floor: the least λ, in the largest eigenvalue of F: the square of what J's rounding leaves.
     """
 
+    initial: float = 1e-4
     shortest: float = 0.01
-    ladder: float = 10.0
+    rung: float = 100.0
+    order: float = 2.0
+    floor: float = 1e-20
 
     def __post_init__(self) -> None:
         if not 0 < self.shortest <= 1:
             raise ConfigError(f"shortest={self.shortest} must lie in (0, 1]")
+        if not self.rung > 1:
+            raise ConfigError(f"rung={self.rung} must be more than 1")
+        if not self.order >= 1:
+            raise ConfigError(f"order={self.order} must be at least 1")
 
     def decide(
         self, problem: LeastSquares, damping: float | None, previous: Float[Tensor, "P"] | None
     ) -> Decision:
-        """The best point of the search.
+        """The lowest point of the curve of the least λ that goes far enough.
 
         Args:
             problem: the present step's.
             damping: λ that the last step left, or None in the first.
             previous: δ₀; not used.
         """
-        r = problem.residuals
-        loss = 0.5 * float(r @ r)
-        evaluations = 0
-        largest = _largest(problem)
-        damping = 1e-4 * largest if damping is None else max(damping / self.ladder, 1e-20 * largest)
-        direction = r.new_zeros(0)
-        while damping <= 1e3 * largest:
-            v = -problem.solve(r, damping)
-            direction = v
-            tip = problem.at(0.1 * v)
-            evaluations += 1
-            a = None
-            if tip is not None:
-                second = 20.0 * ((tip - r) * 10.0 - problem.image(v))
-                a = -problem.solve(second, damping)
-                limit = 1.5 * float(v.norm()) / max(float(a.norm()), 1e-300)
-            t, best, point = 1.0, loss, None
-            while t > self.shortest / 2:
-                candidate = t * v + 0.5 * t * t * a if a is not None and t <= limit else t * v
-                after = problem.at(candidate)
-                evaluations += 1
-                height = float("inf") if after is None else 0.5 * float(after @ after)
-                if height < best:
-                    best, point, length = height, candidate, t
-                elif point is not None:
-                    break
-                t /= 2
-            if point is not None:
-                image = problem.image(point)
-                return Decision(
-                    point,
-                    point,
-                    length,
-                    damping,
-                    damping,
-                    best,
-                    float(r @ image) + 0.5 * float(image @ image),
-                    evaluations,
-                )
-            damping *= self.ladder
-        return Decision(None, direction, 0.0, damping, damping, evaluations=evaluations)
+        trial = _Trial(problem, self.order if problem.sharp else 1.0, self.shortest)
+        largest = problem.largest
+        floor = self.floor if problem.sharp else max(self.floor, torch.finfo(problem.residuals.dtype).eps)
+        damping = self.initial * largest if damping is None else damping
+        damping = max(damping / self.rung, floor * largest)
+        while not trial.along(damping) and damping < 1e6 * largest:
+            damping *= self.rung
+        return trial.decision(damping)
 
 
-def _largest(problem: LeastSquares) -> float:
-    """About the largest eigenvalue of F: its Rayleigh quotient along the gradient."""
-    g = problem.gradient()
-    image = problem.image(g)
-    return float(image @ image) / float(g @ g)
+class _Trial:
+    """What the search of one step found so far."""
+
+    def __init__(self, problem: LeastSquares, order: float, shortest: float) -> None:
+        self._problem, self._order, self._shortest = problem, order, shortest
+        self._loss = 0.5 * float(problem.residuals.square().sum())
+        self._lowest, self._length = self._loss, 0.0
+        self._update: Tensor | None = None
+        self._evaluations = 0
+
+    def along(self, damping: float) -> bool:
+        """Searches one λ's curve; whether a step of fair length lowers the loss."""
+        r, problem = self._problem.residuals, self._problem
+        v = -problem.solve(r, damping, self._order)
+        if not bool(torch.isfinite(v.sum())):
+            return False
+        a, reach = torch.zeros_like(v), math.inf
+        tip = self._evaluate(PROBE * v)
+        if tip is not None:
+            second = 2 / PROBE * ((tip - r) / PROBE - problem.image(v))
+            a = -problem.solve(second, damping, self._order)
+            reach = BENT * float(v.norm()) / max(float(a.norm()), torch.finfo(a.dtype).tiny)
+        lowest, length, update = self._loss, 0.0, None
+        t = 1.0
+        while t > self._shortest / 2:
+            candidate = t * v + 0.5 * t * t * a if t <= reach else t * v
+            after = self._evaluate(candidate)
+            loss = math.inf if after is None else 0.5 * float(after.square().sum())
+            if loss < lowest:
+                lowest, length, update = loss, t, candidate
+            elif update is not None:
+                break
+            t /= 2
+        if update is not None and (length >= self._shortest or lowest < self._lowest):
+            self._lowest, self._length, self._update = lowest, length, update
+        return length >= self._shortest
+
+    def _evaluate(self, delta: Tensor) -> Tensor | None:
+        self._evaluations += 1
+        return self._problem.at(delta)
+
+    def decision(self, damping: float) -> Decision:
+        """The best step that was found, or that there is none."""
+        if self._update is None:
+            none = torch.zeros_like(self._problem.gradient())
+            return Decision(None, none, 0.0, damping, damping, evaluations=self._evaluations)
+        image = self._problem.image(self._update)
+        return Decision(
+            self._update,
+            self._update,
+            self._length,
+            damping,
+            damping,
+            loss=self._lowest,
+            predicted=float(self._problem.residuals @ image) + 0.5 * float(image @ image),
+            evaluations=self._evaluations,
+        )

@@ -10,9 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.errors import ConfigError
+from natgrad.steps.adaptive_spring import AdaptiveSPRING
+from natgrad.steps.problem import LeastSquares
 from natgrad.steps.quadratic import QuadraticModel
 from natgrad.steps.search import CurvedSearch
 from natgrad.steps.spring import SPRING
+from natgrad.steps.trust import TrustRegion
 
 # α below this is never held back: F̂ would have to be wrong by a factor of ten for it to be too large.
 HARMLESS = 0.1
@@ -160,7 +163,7 @@ def believable(model: QuadraticModel, c: Float[Tensor, "K"], unit: float = 1.0) 
 
 
 # What decides α, and the momentum coefficient μ with it.
-StepSize: TypeAlias = FixedStep | AdaptiveStep
+StepSize: TypeAlias = FixedStep | AdaptiveStep | TrustRegion
 
 
 def step_size_from(lr: object, momentum: float | None) -> StepSize:
@@ -177,21 +180,25 @@ def step_size_from(lr: object, momentum: float | None) -> StepSize:
 
 
 # What decides a step on residuals.
-ResidualStep: TypeAlias = SPRING | CurvedSearch
+ResidualStep: TypeAlias = SPRING | AdaptiveSPRING | CurvedSearch
 
 
-def residual_step_from(lr: object, momentum: float | None) -> ResidualStep:
-    """A strategy for residuals from what the user gave as `lr` and `momentum`: a search unless there is an lr."""
+def residual_step_from(lr: object, momentum: float | None) -> ResidualStep | None:
+    """A strategy for residuals from what the user gave as `lr` and `momentum`; None leaves it to the problem."""
     if isinstance(lr, ResidualStep):
         if momentum is not None:
             raise ConfigError("give momentum to the step size object, not beside it")
         return lr
     if lr is None:
-        if momentum is not None:
-            raise ConfigError("momentum on residuals goes with lr=, or is natgrad.SPRING(lr, momentum)")
-        return CurvedSearch()
+        return None if momentum is None else AdaptiveSPRING(momentum)
     if isinstance(lr, bool) or not isinstance(lr, (int, float)):
         raise ConfigError(
-            f"lr must be a number, None, or natgrad.SPRING or CurvedSearch where residuals are fitted, not {lr!r}"
+            "lr must be a number, None, or natgrad.SPRING, AdaptiveSPRING or CurvedSearch where residuals are fitted, "
+            f"not {lr!r}"
         )
     return SPRING(float(lr), momentum or 0.0)
+
+
+def step_for(problem: LeastSquares) -> AdaptiveSPRING | CurvedSearch:
+    """The strategy for a problem whose user named none: down to rounding where singular values are known."""
+    return CurvedSearch() if problem.sharp else AdaptiveSPRING()

@@ -1,0 +1,108 @@
+"""SPRING without a learning rate: λ by how well the linearised residuals foretell the loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.errors import ConfigError
+from natgrad.steps.problem import Decision, LeastSquares
+
+# A step may raise the loss by so much: with momentum, and with points that are drawn anew, the next one makes it good.
+TOLERATED = 1.1
+# After so many refusals in one step the momentum is let go.
+REFUSALS = 3
+
+
+@dataclass(frozen=True)
+class AdaptiveSPRING:
+    """The step for residuals whose points change, or are too many for singular values: δ of `SPRING`, taken whole.
+
+    λ follows the Levenberg–Marquardt rule (Marquardt 1963), by the worse of two ratios of actual to predicted decrease:
+    of the whole step δ, and of what the present points add to the momentum, from μδ₀ to δ. The first alone is blind
+    where momentum leads, since a step may then be meant to raise this batch's loss; the second alone lets the momentum
+    run away.
+
+    Attributes:
+        momentum: μ.
+        initial: the first λ, in the largest eigenvalue of F.
+        factor: what λ is multiplied or divided by.
+        trust: below the first of these ratios λ rises, above the second it falls.
+        trials: the most values of λ in one step.
+    """
+
+    momentum: float = 0.8
+    initial: float = 1e-3
+    factor: float = 3.0
+    trust: tuple[float, float] = (0.25, 0.75)
+    trials: int = 12
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum={self.momentum} must lie in [0, 1)")
+        if not (self.factor > 1 and self.initial > 0 and self.trials > 0):
+            raise ConfigError("factor must be more than 1, initial positive, and trials at least 1")
+
+    def decide(
+        self, problem: LeastSquares, damping: float | None, previous: Float[Tensor, "P"] | None
+    ) -> Decision:
+        """The step, with the first λ that the loss bears.
+
+        Args:
+            problem: the present step's.
+            damping: λ that the last step left, or None in the first.
+            previous: δ₀, or None.
+        """
+        r = problem.residuals
+        loss = 0.5 * float(r @ r)
+        floor = torch.finfo(r.dtype).eps * problem.largest
+        damping = self.initial * problem.largest if damping is None else max(damping, floor)
+        carried = None if previous is None or not self.momentum else self.momentum * previous
+        shift = r if carried is None else r + problem.image(carried)
+        base = loss if carried is None else _half_square(problem.at(carried))
+        evaluations = int(carried is not None)
+        for trial in range(self.trials):
+            if trial == REFUSALS:  # the momentum may be to blame
+                carried, shift, base = None, r, loss
+            added = problem.solve(-shift, damping)
+            delta = added if carried is None else added + carried
+            image = problem.image(added)
+            after = _half_square(problem.at(delta))
+            evaluations += 1
+            predicted = float(r @ (image + shift - r)) + 0.5 * float((image + shift - r).square().sum())
+            ratio = min(
+                _ratio(after - base, float(shift @ image) + 0.5 * float(image @ image)),
+                _whole_ratio(loss, after, predicted),
+            )
+            used = damping
+            if not ratio >= self.trust[0]:
+                damping *= self.factor
+            elif ratio > self.trust[1]:
+                damping = max(damping / self.factor, floor)
+            if after < TOLERATED * loss:
+                return Decision(delta, delta, 1.0, used, damping, after, predicted, evaluations)
+        return Decision(
+            None, torch.zeros_like(problem.gradient()), 0.0, used, damping, evaluations=evaluations
+        )
+
+
+def _half_square(residuals: Tensor | None) -> float:
+    return math.inf if residuals is None else 0.5 * float(residuals.square().sum())
+
+
+def _ratio(actual: float, predicted: float) -> float:
+    """Actual over predicted change, both negative where all is well; −1 where there is nothing to go by."""
+    return actual / predicted if predicted < 0 and math.isfinite(actual) else -1.0
+
+
+def _whole_ratio(loss: float, after: float, predicted: float) -> float:
+    """The ratio of the whole step; where momentum foretells a rise, how little of it there is."""
+    if predicted < 0:
+        return _ratio(after - loss, predicted)
+    if after < loss:
+        return 1.0
+    return 0.5 if after < TOLERATED * loss else -1.0
