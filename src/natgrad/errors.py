@@ -13,6 +13,7 @@ NatgradError
 ├── VectorError (ValueError)              a vector that does not lie in the operator's parameter space
 ├── UnknownNameError (ValueError)         an unknown problem, metric or optimiser; offers the nearest names
 ├── ConfigError (ValueError)              an argument out of range or in conflict with another
+├── TaylorRuleError (NotImplementedError) a function that natgrad.pde can't carry derivatives through
 └── RunError (OSError)                    a race folder that can't be read or written
 
 Each also derives from the built-in named beside it, so that ordinary `except` clauses work. A parameter that no
@@ -90,6 +91,10 @@ class VectorError(NatgradError, ValueError):
 
 class ConfigError(NatgradError, ValueError):
     """An argument is out of range, or in conflict with another."""
+
+
+class TaylorRuleError(NatgradError, NotImplementedError):
+    """A model calls a function that derivatives can't be carried through: it has no rule, or mixes examples."""
 
 
 class RunError(NatgradError, OSError):

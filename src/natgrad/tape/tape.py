@@ -19,6 +19,7 @@ from natgrad.tape.columns import LayerColumns, send_back
 from natgrad.tape.finite import require_finite
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.rules import RULES, Geometry, Use
+from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, transforms, unwrapped
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class _Listener(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        for kind in types:
+            if getattr(kind, "decomposes_torch_functions", False):
+                with self:  # heard are the functions that this one is made of
+                    return kind.__torch_function__(func, types, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         self._tape._heard(func, args, kwargs or {}, result)
         return result
@@ -165,8 +170,9 @@ class Tape:
         return name not in self.uncovered and any(name in block.names for block in self.blocks.values())
 
     def _heard(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        self._tell_unheard(func, args, kwargs, result)
         rule = RULES.get(func)
-        if rule is not None:
+        if rule is not None and not transforms():
             use = rule(*args, **kwargs)
             if id(use.weight) in self._names:
                 self._note(use, result)
@@ -178,6 +184,22 @@ class Tape:
             name = self._names.get(id(tensor))
             if name is not None and _acts(result):
                 self.uncovered.setdefault(name, _name_of(func))
+
+    def _tell_unheard(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Lists parameters that act by derivatives of this call too, in nodes of the graph that no function made."""
+        reason = transforms()
+        if reason and func not in PASSIVE and next(_tensors(result), None) is not None:
+            for tensor in _tensors((args, tuple(kwargs.values()))):
+                self._uncover(unwrapped(tensor), reason)
+        outputs = differentiated(func, args, kwargs)
+        if outputs is not None:
+            for tensor in leaves_of(outputs):
+                self._uncover(tensor, "torch.autograd.grad")
+
+    def _uncover(self, tensor: Tensor, reason: str) -> None:
+        name = self._names.get(id(tensor))
+        if name is not None:
+            self.uncovered.setdefault(name, reason)
 
     def _note(self, use: Use, result: Tensor) -> None:
         weight = self._names[id(use.weight)]
