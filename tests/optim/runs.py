@@ -24,7 +24,10 @@ METRICS: dict[str, Any] = {
     "ekfac": "ekfac",
     "ekfac-lazy": natgrad.EKFAC(kind="empirical", factors=2, refresh=3),
     "block": "block",
+    "exact": "exact",
     "gram": "gram",
+    "rectangular": "rectangular",
+    "sketched": "sketched",
     "matrixfree": "matrixfree",
     "lowrank": "lowrank",
 }

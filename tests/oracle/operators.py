@@ -22,8 +22,10 @@ from natgrad.operators import (
     LinearOperator,
     LowRank,
     ParameterSpace,
+    Rectangular,
     Restricted,
     ScaledIdentity,
+    Sketched,
 )
 from natgrad.operators.layerrows import BatchRows, LayerRows, Use
 from natgrad.operators.readings import Positions
@@ -319,6 +321,17 @@ def gram_damped(seed: int, m: int, n: int) -> Case:
     return Case(Gram(rows).damped(0.3), J.T @ J + 0.3 * torch.eye(J.shape[1], dtype=DTYPE))
 
 
+def rectangular(seed: int, m: int, n: int) -> Case:
+    rows, J = random_rows(seed, m, n, 2 * (m * n + m + 1))
+    return Case(Rectangular(rows), J.T @ J)
+
+
+def sketched(seed: int, m: int, n: int) -> Case:
+    """From a rank of 1, so that every solution raises it."""
+    rows, J = random_rows(seed, m, n, 2 * (m * n + m + 1))
+    return Case(Sketched(rows, rank=1), J.T @ J)
+
+
 def low_rank(seed: int, m: int, n: int) -> Case:
     space, source = _mixed(m, n), generator(seed)
     k = 1 + seed % space.numel
@@ -354,6 +367,8 @@ CASES: dict[str, Callable[[int, int, int], Case]] = {
         restricted_to_the_smaller_part,
         gram_of_many_rows,
         gram_damped,
+        rectangular,
+        sketched,
         low_rank,
     )
 }

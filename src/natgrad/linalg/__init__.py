@@ -11,6 +11,7 @@ from natgrad.linalg.gram import accumulate_gram, symmetric_gram
 from natgrad.linalg.iterate import Convergence, conjugate_gradients, minimal_residuals
 from natgrad.linalg.kronecker import join, kronecker_dense, kronecker_matmul, split
 from natgrad.linalg.lanczos import Eigenpairs, Lanczos, largest_eigenpairs
+from natgrad.linalg.nystrom import Nystrom
 from natgrad.linalg.stochastic import Estimated
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Eigenpairs",
     "Estimated",
     "Lanczos",
+    "Nystrom",
     "Stage",
     "accumulate_gram",
     "cholesky",

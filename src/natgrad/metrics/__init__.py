@@ -13,6 +13,7 @@ from natgrad.metrics.lowrank import LowRank
 from natgrad.metrics.matrixfree import MatrixFree
 from natgrad.metrics.named import metric_from
 from natgrad.metrics.rectangular import Rectangular
+from natgrad.metrics.sketched import Sketched
 
 __all__ = [
     "EKFAC",
@@ -30,5 +31,6 @@ __all__ = [
     "Metric",
     "Observation",
     "Rectangular",
+    "Sketched",
     "metric_from",
 ]

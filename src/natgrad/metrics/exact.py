@@ -9,7 +9,7 @@ from torch import nn
 
 from natgrad.metrics.base import Estimate, Kind, Metric, check_kind
 from natgrad.metrics.rowestimate import RowEstimate
-from natgrad.operators import FactoredRows, Gram, LinearOperator, MatrixFree, Rectangular
+from natgrad.operators import FactoredRows, Gram, LinearOperator, Rectangular, Sketched
 
 # Up to so many of the fewer of rows and parameters the singular values of J take less than half a second (two cores).
 RECTANGULAR = 768
@@ -28,7 +28,11 @@ class Exact(Metric):
     | "rectangular" | J [M, P] is small: its singular values, so that nothing is squared |
     | "dense" | fewer parameters than rows, at most 16,384: Cholesky of JᵀJ |
     | "gram" | fewer rows than parameters, at most 16,384: Cholesky of JJᵀ, layer by layer |
-    | "matrixfree" | both are many: conjugate gradients, begun at the last solution |
+    | "sketched" | both are many: conjugate gradients, guided by a sketch of JJᵀ as large as the damping asks for |
+
+    For the last, 20,000 rows of a perceptron with 49,466 parameters, λ a millionth of the largest eigenvalue: 3.8 s
+    for a least-squares step and 5.1 s for a gradient's, to 2e-12; conjugate gradients alone take 13.4 s, and where they
+    end for lack of progress after 5.1 s, the step is off by 8 % (float64, two cores).
 
     Which it was stands in `optimizer.info.solver`. Rows of different steps don't join, so there is no average.
 
@@ -54,4 +58,4 @@ def operator_by_size(rows: FactoredRows) -> LinearOperator:
         return Rectangular(rows)
     if min(count, size) <= GRAM:
         return Gram(rows)
-    return MatrixFree(rows.space, None, rows, dtype=rows.dtype, device=rows.device)
+    return Sketched(rows)

@@ -15,6 +15,7 @@ from natgrad.metrics.kfac import KFAC
 from natgrad.metrics.lowrank import LowRank
 from natgrad.metrics.matrixfree import MatrixFree
 from natgrad.metrics.rectangular import Rectangular
+from natgrad.metrics.sketched import Sketched
 
 METRICS: dict[str, type[Metric]] = {
     "block": Block,
@@ -28,6 +29,7 @@ METRICS: dict[str, type[Metric]] = {
     "lowrank": LowRank,
     "matrixfree": MatrixFree,
     "rectangular": Rectangular,
+    "sketched": Sketched,
 }
 
 

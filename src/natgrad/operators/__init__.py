@@ -18,6 +18,7 @@ from natgrad.operators.restricted import Restricted
 from natgrad.operators.rowoperator import RowOperator
 from natgrad.operators.rows import FactoredRows
 from natgrad.operators.saving import load_operator
+from natgrad.operators.sketched import Sketched
 from natgrad.operators.space import ParameterSpace
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Restricted",
     "RowOperator",
     "ScaledIdentity",
+    "Sketched",
     "Sum",
     "load_operator",
 ]

@@ -16,10 +16,10 @@ from natgrad.operators.blocks import BlockDiagonal
 from natgrad.operators.checks import check_scalar
 from natgrad.operators.dense import Dense
 from natgrad.operators.diagonal import Diagonal
-from natgrad.operators.gram import Gram
 from natgrad.operators.hooks import Rows
 from natgrad.operators.identity import ScaledIdentity
 from natgrad.operators.matrixfree import MatrixFree
+from natgrad.operators.rowoperator import RowOperator
 from natgrad.operators.saving import describe_parts, rebuild_parts
 from natgrad.operators.space import ParameterSpace
 from natgrad.operators.wrapper import Wrapper
@@ -233,8 +233,8 @@ def add(left: LinearOperator, right: LinearOperator) -> LinearOperator:
         return Diagonal(left.space, values)
     if isinstance(left, Dense) and isinstance(right, Dense):
         return Dense(left.space, left.matrix + right.matrix)
-    if isinstance(left, Gram) and isinstance(right, Gram):
-        return Gram(left.rows + right.rows)
+    if isinstance(left, RowOperator) and type(left) is type(right):
+        return dataclasses.replace(left, rows=left.rows + right.rows)
     if isinstance(left, MatrixFree) and isinstance(right, MatrixFree):
         return left.joined(right)
     if isinstance(left, BlockDiagonal) and isinstance(right, BlockDiagonal):

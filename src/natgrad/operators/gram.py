@@ -13,7 +13,7 @@ from torch import Tensor
 from natgrad.errors import ConfigError
 from natgrad.linalg import Stage, cholesky, eigendecomposition
 from natgrad.operators.base import LinearOperator
-from natgrad.operators.checks import pseudo_inverse, require_definite, standard_normal
+from natgrad.operators.checks import pseudo_inverse, require_definite
 from natgrad.operators.dense import Dense
 from natgrad.operators.hooks import Rows
 from natgrad.operators.identity import ScaledIdentity
@@ -105,9 +105,9 @@ class Gram(RowOperator):
         taken = self.rows.rmatmul(inner)
         return {name: (b - taken[name]) / damping for name, b in rows.items()}
 
-    def _dual_solve(self, targets: Tensor, damping: float, cutoff: float) -> Rows:
-        if damping == 0 or cutoff > 0:
-            return self._least_norm(targets, damping, cutoff)
+    def _dual_solve(self, targets: Tensor, damping: float, order: float) -> Rows:
+        if damping == 0 or order != 1:
+            return self._filtered(targets, damping, order)
         if self._primal is not None:
             return self._primal._solve(self.rows.rmatmul(targets), damping)
         lower, _ = self.cholesky(damping)
@@ -117,10 +117,11 @@ class Gram(RowOperator):
         correction = self.rows.rmatmul(torch.cholesky_solve(rest.mT, lower).mT)
         return {name: x.add_(correction[name]) for name, x in found.items()}
 
-    def _least_norm(self, targets: Tensor, damping: float, cutoff: float) -> Rows:
-        values, vectors = self._eigen  # of K: squares of J's singular values, so that cutoffs are squared too
-        least = max(cutoff**2, len(values) * torch.finfo(values.dtype).eps) * values[-1]
-        weights = torch.where(values > least, 1 / (values + damping), 0.0)
+    def _filtered(self, targets: Tensor, damping: float, order: float) -> Rows:
+        values, vectors = self._eigen
+        # Rounding in K is ε of its largest eigenvalue: J's singular values below √ε of the largest are lost here.
+        known = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+        weights = torch.where(known, self._filter(values, damping, order), 0.0)
         return self.rows.rmatmul(((targets @ vectors) * weights) @ vectors.mT)
 
     @property
@@ -171,17 +172,10 @@ class Gram(RowOperator):
         return torch.cat([values, values.new_zeros(max(0, k - len(values)))])
 
     def _sample(self, n: int, damping: float, generator: torch.Generator | None) -> Rows:
-        # Perturb and solve: Jᵀε + √λ ε' has covariance JᵀJ + λI, and its solution the inverse (Papandreou & Yuille
-        # 2010, "Gaussian sampling by local perturbations").
         if self._primal is not None:
             return self._primal._sample(n, damping, generator)
         self._require_damping(damping)
-        noise = standard_normal(n, (len(self.rows),), self.dtype, self.device, generator)
-        rows = self.rows.rmatmul(noise)
-        for name, v in rows.items():
-            more = standard_normal(n, tuple(v.shape[1:]), self.dtype, self.device, generator)
-            rows[name] = v.add_(more, alpha=damping**0.5)
-        return self._solve(rows, damping)
+        return self._solve(self._perturbed(n, damping, generator), damping)
 
     def _scaled(self, scale: float) -> LinearOperator:
         if scale == 0:

@@ -21,11 +21,22 @@ LARGEST_BYTES = 2**31
 
 
 class SingularValues(NamedTuple):
-    """J = U diag(S) Vᵀ, S in descending order."""
+    """J = U diag(S) Vᵀ, S in descending order, with U = Q W and Q as the reflections of a QR factorisation.
 
-    left: Float[Tensor, "M k"]
+    Reflections are applied to a vector in a tenth of the time that it takes to write Q out.
+    """
+
+    reflections: tuple[Float[Tensor, "M k"], Float[Tensor, "k"]] | None
+    inner: Float[Tensor, "k k"]
     values: Float[Tensor, "k"]
     right: Float[Tensor, "k P"]
+
+    def coordinates(self, targets: Float[Tensor, "K M"]) -> Float[Tensor, "K k"]:
+        """Uᵀ r for K vectors."""
+        if self.reflections is not None:
+            columns = targets.mT.contiguous()
+            targets = torch.ormqr(*self.reflections, columns, transpose=True)[: len(self.inner)].mT
+        return targets @ self.inner
 
 
 @final
@@ -64,19 +75,14 @@ class Rectangular(RowOperator):
         if J.shape[0] < J.shape[1]:
             q, r = torch.linalg.qr(J.mT)
             left, values, right = torch.linalg.svd(r.mT, full_matrices=False)
-            return SingularValues(left, values, right @ q.mT)
-        q, r = torch.linalg.qr(J)
-        left, values, right = torch.linalg.svd(r, full_matrices=False)
-        return SingularValues(q @ left, values, right)
+            return SingularValues(None, left, values, right @ q.mT)
+        packed, tau = torch.geqrf(J)
+        left, values, right = torch.linalg.svd(packed[: J.shape[1]].triu())
+        return SingularValues((packed, tau), left, values, right)
 
     @functools.cached_property
     def _spectrum(self) -> LowRank:
         return LowRank(self.space, self.singular.right, self.singular.values.square())
-
-    def rank(self, cutoff: float = 0.0) -> int:
-        """How many singular values are more than `cutoff` times the largest."""
-        values = self.singular.values
-        return int((values > cutoff * values[0]).sum())
 
     @property
     def condition(self) -> float:
@@ -84,11 +90,16 @@ class Rectangular(RowOperator):
         values = self.singular.values
         return float(values[0] / values[-1]) if values[-1] > 0 else float("inf")
 
-    def _dual_solve(self, targets: Tensor, damping: float, cutoff: float) -> Rows:
-        left, values, right = self.singular
-        least = max(cutoff, torch.finfo(values.dtype).eps) * values[0]
-        weights = torch.where(values > least, values / (values.square() + damping), 0.0)
-        return self.space.unflatten_rows(((targets @ left) * weights) @ right)
+    def effective_rank(self, damping: float) -> int:
+        """How many singular values are above √λ, and above rounding."""
+        values = self.singular.values
+        least = max(damping**0.5, len(values) * torch.finfo(values.dtype).eps * float(values[0]))
+        return int((values > least).sum())
+
+    def _dual_solve(self, targets: Tensor, damping: float, order: float) -> Rows:
+        values = self.singular.values
+        weights = values * self._filter(values.square(), damping, order)
+        return self.space.unflatten_rows((self.singular.coordinates(targets) * weights) @ self.singular.right)
 
     def _solve(self, rows: Rows, damping: float) -> Rows:
         return self._spectrum._solve(rows, damping)
