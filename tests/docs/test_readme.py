@@ -25,8 +25,10 @@ def test_the_snippets_run_in_order() -> None:
     loader = [(inputs, targets)] * 15
     loss_fn = nn.CrossEntropyLoss()
     before = loss_fn(model(inputs), targets).item()
-    names: dict[str, object] = {"model": model, "loader": loader}
-    assert len(blocks()) == 4
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    points, edge = torch.rand(40, 2), torch.rand(20, 2).round()
+    names: dict[str, object] = {"model": model, "loader": loader, "net": net, "points": points, "edge": edge}
+    assert len(blocks()) == 5
     for block in blocks():
         exec(compile(block, str(README), "exec"), names)
     assert loss_fn(model(inputs), targets).item() < 0.2 * before
