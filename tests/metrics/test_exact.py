@@ -22,8 +22,8 @@ DTYPE = torch.float64
 # Thresholds under which each is chosen, whatever the size.
 CHOICES: dict[type[LinearOperator], dict[str, int]] = {
     Rectangular: {},
-    Gram: {"RECTANGULAR": 0},
-    Sketched: {"RECTANGULAR": 0, "GRAM": 0},
+    Gram: {"RECTANGULAR": 0, "FEW": 0},
+    Sketched: {"RECTANGULAR": 0, "FEW": 0, "GRAM": 0},
 }
 every_choice = pytest.mark.parametrize("choice", CHOICES, ids=lambda kind: kind.__name__)
 
@@ -45,14 +45,19 @@ def test_it_chooses_by_the_fewer_of_rows_and_parameters(
     rows, _ = random_rows(0, 3, 3, examples)
     least = min(len(rows), 13)
     assert isinstance(operator_by_size(rows), Rectangular)
-    monkeypatch.setattr(module, "RECTANGULAR", least)
-    assert isinstance(operator_by_size(rows), Rectangular)
     monkeypatch.setattr(module, "JACOBIAN", len(rows) * 13)
     assert isinstance(operator_by_size(rows), Rectangular)
     monkeypatch.setattr(module, "JACOBIAN", len(rows) * 13 - 1)
     assert isinstance(operator_by_size(rows), Gram)
     monkeypatch.setattr(module, "JACOBIAN", 10**6)
-    monkeypatch.setattr(module, "RECTANGULAR", least - 1)
+    monkeypatch.setattr(module, "FEW", least)
+    monkeypatch.setattr(module, "RECTANGULAR", 0)
+    assert isinstance(operator_by_size(rows), Rectangular)
+    monkeypatch.setattr(module, "FEW", least - 1)
+    assert isinstance(operator_by_size(rows), Gram)
+    monkeypatch.setattr(module, "RECTANGULAR", 13)
+    assert isinstance(operator_by_size(rows), Rectangular if len(rows) >= 13 else Gram)
+    monkeypatch.setattr(module, "RECTANGULAR", 12)
     assert isinstance(operator_by_size(rows), Gram)
     monkeypatch.setattr(module, "GRAM", least)
     chosen = operator_by_size(rows)

@@ -46,7 +46,8 @@ class Scores:
         if E.shape != z.shape or (self.weights is not None and self.weights.shape != z.shape) or len(z) < 2:
             raise OutputError(
                 f"log ψ is {tuple(z.shape)}, the local energies are {tuple(E.shape)}; give both for each of "
-                "two samples or more" + ("" if self.weights is None else f", and a weight, {tuple(self.weights.shape)}")
+                "two samples or more"
+                + ("" if self.weights is None else f", and a weight, {tuple(self.weights.shape)}")
             )
         real = torch.view_as_real(z) if z.is_complex() else z[:, None]
         energies = torch.view_as_real(E) if E.is_complex() else E[:, None]

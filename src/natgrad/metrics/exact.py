@@ -9,10 +9,12 @@ from torch import nn
 
 from natgrad.metrics.base import Estimate, Kind, Metric, check_kind
 from natgrad.metrics.rowestimate import RowEstimate
-from natgrad.operators import FactoredRows, Gram, LinearOperator, Rectangular, Sketched
+from natgrad.operators import FactoredRows, Gram, Rectangular, RowOperator, Sketched
 
-# Up to so many of the fewer of rows and parameters the singular values of J take less than half a second (two cores).
+# Up to so many parameters the singular values of J take less than half a second (two cores).
 RECTANGULAR = 768
+# With fewer rows than parameters an equation is met at its points anyhow, and the last digits matter less than time.
+FEW = 256
 # J is formed up to so many numbers.
 JACOBIAN = 2**24
 # JJᵀ [M, M], or F [P, P] where that is smaller, is formed up to such a side.
@@ -25,7 +27,7 @@ class Exact(Metric):
 
     | chosen | where |
     |---|---|
-    | "rectangular" | J [M, P] is small: its singular values, so that nothing is squared |
+    | "rectangular" | J [M, P] is small, P ≤ 768 and P ≤ M: its singular values, so that nothing is squared |
     | "dense" | fewer parameters than rows, at most 16,384: Cholesky of JᵀJ |
     | "gram" | fewer rows than parameters, at most 16,384: Cholesky of JJᵀ, layer by layer |
     | "sketched" | both are many: conjugate gradients, guided by a sketch of JJᵀ as large as the damping asks for |
@@ -51,10 +53,10 @@ class Exact(Metric):
         return RowEstimate(parameters, self.kind, operator_by_size)
 
 
-def operator_by_size(rows: FactoredRows) -> LinearOperator:
+def operator_by_size(rows: FactoredRows) -> RowOperator:
     """The exact operator that suits so many rows and parameters."""
     count, size = len(rows), rows.space.numel
-    if count * size <= JACOBIAN and min(count, size) <= RECTANGULAR:
+    if count * size <= JACOBIAN and (size <= min(count, RECTANGULAR) or min(count, size) <= FEW):
         return Rectangular(rows)
     if min(count, size) <= GRAM:
         return Gram(rows)

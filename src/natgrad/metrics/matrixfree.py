@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from natgrad.errors import ConfigError
-from natgrad.linalg import Convergence
+from natgrad.linalg.iterate import Convergence, conjugate_gradients
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, WholeEstimate, check_kind
 from natgrad.metrics.kept import KeptRows, check_memory
 from natgrad.metrics.kfac import KFAC
-from natgrad.metrics.warm import LIMIT, PROGRESS, warm_solve
 from natgrad.operators import BlockDiagonal, LinearOperator, ScaledIdentity
 from natgrad.operators import MatrixFree as MatrixFreeOperator
 
@@ -39,8 +39,8 @@ class MatrixFree(Metric):
     kind: Kind = "exact"
     memory: float = 2.0**30
     preconditioner: str | None = None
-    progress: float = PROGRESS
-    limit: int = LIMIT
+    progress: float = 5e-4
+    limit: int = 1000
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -117,11 +117,25 @@ class _MatrixFreeEstimate(WholeEstimate):
         names = tuple(name for name in self.space.names if name in gradient)
         operator = self._matrix_free().restrict(names)
         assert isinstance(operator, MatrixFreeOperator)
-        given = {name: gradient[name] for name in names}
-        self._last, self.convergence = warm_solve(
-            operator, given, damping, self._last, self._metric.progress, self._metric.limit
+        space = operator.space
+        start = torch.stack([space.flatten(self._start(gradient, names))])
+        solution, self.convergence = conjugate_gradients(
+            operator._damped(damping),
+            space.flatten({name: gradient[name] for name in names})[None],
+            tolerance=operator._tolerance,
+            progress=self._metric.progress,
+            precondition=operator._precondition(damping),
+            start=start,
+            limit=self._metric.limit,
         )
+        self._last = {name: v.clone() for name, v in space.unflatten(solution[0]).items()}
         return dict(self._last)
+
+    def _start(self, gradient: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+        return {
+            name: self._last[name] if name in self._last else torch.zeros_like(gradient[name])
+            for name in names
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": dict(self._last)}

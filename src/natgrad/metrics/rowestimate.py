@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from natgrad.linalg import Stage
 from natgrad.metrics.base import Kind, Observation, WholeEstimate
 from natgrad.metrics.kept import KeptRows
-from natgrad.metrics.warm import warm_solve
-from natgrad.operators import FactoredRows, Gram, LinearOperator, MatrixFree
+from natgrad.operators import FactoredRows, Gram, RowOperator
 
 
 class RowEstimate(WholeEstimate):
@@ -27,20 +26,19 @@ class RowEstimate(WholeEstimate):
         self,
         parameters: Mapping[str, nn.Parameter],
         kind: Kind,
-        build: Callable[[FactoredRows], LinearOperator],
+        build: Callable[[FactoredRows], RowOperator],
     ) -> None:
         super().__init__(parameters)
         self.kind = kind
         self._build = build
         self._kept = KeptRows(parameters)
-        self._operator: LinearOperator | None = None
-        self._last: dict[str, Tensor] = {}
+        self._operator: RowOperator | None = None
 
     def observe(self, observation: Observation) -> None:
         self._operator = None
         self._kept.add(observation)
 
-    def operator(self) -> LinearOperator:
+    def operator(self) -> RowOperator:
         if self._operator is None:
             rows = self._kept.factored()
             assert rows is not None  # nothing is replayed where memory has no limit
@@ -52,18 +50,19 @@ class RowEstimate(WholeEstimate):
         names = tuple(name for name in self.space.names if name in gradient)
         if len(names) < len(self.space.names):
             operator = operator._restricted(names)
-        given = {name: gradient[name] for name in names}
-        if isinstance(operator, MatrixFree):
-            self._last, _ = warm_solve(operator, given, damping, self._last)
-            return dict(self._last)
-        solution = operator.solve(given, damping)
-        stage = operator.cholesky(damping)[1] if isinstance(operator, Gram) else Stage.CHOLESKY
-        self.stages = {} if stage is Stage.CHOLESKY else {self.space.label: {"JJᵀ": stage.value}}
+        solution = operator.solve({name: gradient[name] for name in names}, damping)
+        self.note(operator, damping)
         return dict(solution)
 
+    def note(self, operator: RowOperator, damping: float) -> None:
+        """Keeps which stage of the fallback a solution with an operator of these rows took."""
+        stage = Stage.CHOLESKY
+        if isinstance(operator, Gram) and damping > 0:
+            _, stage = operator.cholesky(damping)
+        self.stages = {} if stage is Stage.CHOLESKY else {operator.space.label: {"JJᵀ": stage.value}}
+
     def state_dict(self) -> dict[str, Any]:
-        return {"last": dict(self._last)} if self._last else {}  # all else begins anew in each step
+        return {}  # each step begins anew
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._last = {name: v.clone() for name, v in state.get("last", {}).items()}
         self._kept, self._operator = KeptRows(self.parameters), None

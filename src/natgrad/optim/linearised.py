@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.errors import CoverageWarning, NonFiniteError, StepError
 from natgrad.likelihoods import ResidualBlock, Residuals
+from natgrad.metrics.rowestimate import RowEstimate
 from natgrad.operators import ParameterSpace, Rectangular, RowOperator
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.groups import Membership
@@ -189,6 +191,10 @@ class Linearised(LeastSquares):
 
     def gradient(self) -> Float[Tensor, "P"]:
         """∇h = Jᵀr."""
+        return self._gradient
+
+    @functools.cached_property
+    def _gradient(self) -> Tensor:
         if self.operator is not None:
             return self.space.flatten_rows(self.operator.rows.rmatmul(self.residuals[None]))[0]
         return self.space.flatten(self._pulled_back(self.residuals))
@@ -214,7 +220,11 @@ class Linearised(LeastSquares):
             order: as in `RowOperator.dual_solve`; of no effect for metrics that keep no rows.
         """
         if self.operator is not None:
-            return self.space.flatten(self.operator.dual_solve(target, damping, order))
+            solution = self.operator.dual_solve(target, damping, order)
+            estimate = self._curvature.estimates[0][1]
+            if isinstance(estimate, RowEstimate):
+                estimate.note(self.operator, damping)
+            return self.space.flatten(solution)
         gradient = self._pulled_back(target)
         direction = self._curvature.direction(gradient, dict.fromkeys(gradient, damping), self._step)
         return -self.space.flatten(

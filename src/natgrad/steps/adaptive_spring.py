@@ -59,8 +59,7 @@ class AdaptiveSPRING:
         """
         r = problem.residuals
         loss = 0.5 * float(r @ r)
-        floor = torch.finfo(r.dtype).eps * problem.largest
-        damping = self.initial * problem.largest if damping is None else max(damping, floor)
+        damping = self.initial * problem.largest if damping is None else damping
         carried = None if previous is None or not self.momentum else self.momentum * previous
         shift = r if carried is None else r + problem.image(carried)
         base = loss if carried is None else _half_square(problem.at(carried))
@@ -82,7 +81,7 @@ class AdaptiveSPRING:
             if not ratio >= self.trust[0]:
                 damping *= self.factor
             elif ratio > self.trust[1]:
-                damping = max(damping / self.factor, floor)
+                damping /= self.factor
             if after < TOLERATED * loss:
                 return Decision(delta, delta, 1.0, used, damping, after, predicted, evaluations)
         return Decision(
