@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+
+import natgrad
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGES = Path(__file__).parents[2] / "docs" / "uses"
@@ -18,6 +23,17 @@ def main_of(name: str) -> Any:
 
 def drawn(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+class Complex(nn.Module):
+    """Log ψ from a network with two outputs: its real part and its phase."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_complex(self.net(x))
 
 
 def test_a_laplace_approximation_is_better_calibrated_than_the_network(tmp_path: Path) -> None:
@@ -66,6 +82,18 @@ def test_standard_errors_of_a_poisson_regression_are_those_of_statsmodels(tmp_pa
     assert drawn(tmp_path / "a.png")
 
 
+def test_a_trust_region_learns_to_balance_the_pole(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium")
+    runs = main_of("policy")(
+        seeds=(3,), samples=12_000, rates=(0.02,), lambdas=(0.95,), plot=tmp_path / "a.png"
+    )
+    (ours,), (adam,) = runs["natural gradient", 0.95], runs["Adam, 0.02", 0.95]
+    assert ours.returns[0] < 40
+    assert ours.returns[-1] > 100
+    assert adam.returns[-1] > 60
+    assert drawn(tmp_path / "a.png")
+
+
 def test_the_spectrum_rises_and_then_falls_with_the_loss(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     moments = main_of("spectrum")(steps=(0, 10, 80), train=400, plot=tmp_path / "a.png")["natgrad"]
@@ -75,6 +103,69 @@ def test_the_spectrum_rises_and_then_falls_with_the_loss(tmp_path: Path) -> None
     assert late.loss < 0.05 * start.loss
     assert all(float(m.values.sum()) == pytest.approx(m.trace) for m in moments)
     assert drawn(tmp_path / "a.png")
+
+
+def test_the_ising_chain_reaches_the_ground_state(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    runs = main_of("ising")(sizes=(6,), seeds=(0,), chains=300, steps=60, plot=tmp_path / "a.png")
+    ends = {name: run.errors[-1] for (_, _, name), (run,) in runs.items()}
+    assert -1e-12 < ends["SPRING"] < 1e-5
+    assert ends["stochastic reconfiguration"] < 1e-5
+    assert ends["SPRING"] < 0.1 * ends["Adam"]
+    assert drawn(tmp_path / "a.png")
+
+
+def test_the_ising_chain_is_measured_rightly() -> None:
+    """Local energies weighted with |ψ|² give ⟨H⟩, chains come to |ψ|², and the ring's energy is the closed form."""
+    pytest.importorskip("scipy")
+    ising = runpy.run_path(str(EXAMPLES / "ising.py"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        log_psi = ising["LogPsi"](6)
+    s = ising["configurations"](6)
+    with torch.no_grad():
+        p = (2 * log_psi(s)).softmax(0)
+    mean, variance = ising["energy"](log_psi, 6, 0.7)
+    energies = ising["local_energies"](log_psi, s, 0.7)
+    assert float(p @ energies) == pytest.approx(mean, rel=1e-12)
+    assert float(p @ (energies - mean).square()) == pytest.approx(variance, rel=1e-9)
+    drawn_states = ising["Metropolis"](20_000, 6, 0).sample(log_psi, 60)
+    counts = torch.bincount(
+        ((1 - drawn_states) / 2 @ 2.0 ** torch.arange(6, dtype=s.dtype)).long(), minlength=64
+    )
+    assert float(((counts - 20_000 * p).square() / (20_000 * p)).sum()) < 63 + 5 * (2 * 63) ** 0.5
+    # Jordan–Wigner: −2 Σ |cos(k/2)| over k = π(2j + 1)/n at h = J = 1 is −2 / sin(π/2n).
+    assert ising["ground_energy"](6, 1.0) == pytest.approx(-2 / math.sin(math.pi / 12), rel=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_complex_amplitudes_learn_signs_as_well(momentum: float) -> None:
+    """A Heisenberg ring of six spins without Marshall's sign rule: its ground state has both signs."""
+    n, h = 6, 64
+    numbers = torch.arange(h)
+    spins = 1.0 - 2 * (numbers[:, None] >> torch.arange(n) & 1).double()
+    H = torch.zeros(h, h, dtype=torch.float64)
+    for i in range(n):
+        j = (i + 1) % n
+        bond = spins[:, i] * spins[:, j]
+        H[numbers, numbers] += bond
+        swapped = numbers ^ ((1 << i) | (1 << j))
+        H[numbers, swapped] += torch.where(bond < 0, 2.0, 0.0)
+    s_z = spins.sum(1) == 0
+    H, spins = H[s_z][:, s_z], spins[s_z]
+    exact = float(torch.linalg.eigvalsh(H)[0])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(n, 24), nn.Tanh(), nn.Linear(24, 2)).double()
+    log_psi = Complex(net)
+    optimizer = natgrad.NaturalGradient(log_psi, metric="exact", lr=0.02, damping=1e-3, momentum=momentum)
+    for _ in range(400):
+        with torch.no_grad():
+            psi = log_psi(spins).exp()
+        energies = (H.to(psi.dtype) @ psi) / psi
+        energy = optimizer.step(natgrad.reconfigure(log_psi, spins, energies, psi.abs().square()))
+    assert exact - 1e-9 < float(energy)
+    assert (float(energy) - exact) / abs(exact) < 1e-3
 
 
 def test_every_example_has_its_page_and_the_page_its_picture() -> None:
