@@ -80,7 +80,7 @@ class FactoredRows:
 
     def without(self, columns: Float[Tensor, "M k"]) -> FactoredRows:
         """(I − UUᵀ) J for orthonormal columns U, which isn't checked."""
-        return dataclasses.replace(self, removed=columns)
+        return dataclasses.replace(self, removed=columns.contiguous())
 
     def projected(self, images: Tensor) -> Tensor:
         """(I − UUᵀ) of each of K vectors [K, M]."""
