@@ -149,6 +149,14 @@ def test_grad_mode_buffers_and_gradients_are_left_alone() -> None:
     assert all(p.requires_grad and p.is_leaf for p in model.parameters())
 
 
+def test_trials_leave_no_trace_in_buffers() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).to(DTYPE)
+    optimizer = natgrad.NaturalGradient(model, metric="exact")
+    with pytest.warns(natgrad.CoverageWarning, match="depend on one another"):
+        optimizer.step(lambda: model(X) - 1)
+    assert int(model[1].num_batches_tracked) == 1  # type: ignore[arg-type]
+
+
 def test_frozen_parameters_stay_and_groups_go_at_their_own_rate() -> None:
     model = network()
     groups = [

@@ -59,8 +59,8 @@ class Gram(RowOperator):
         needed = side**2 * self.rows.itemsize
         if needed > LARGEST_BYTES:
             raise ConfigError(
-                f"{what}, {side:,}, would take {needed / 2**30:.1f} GiB ({needed:,} bytes); use metric='matrixfree', "
-                "kind='mc' (one row an example), or fewer examples"
+                f"{what}, {side:,}, would take {needed / 2**30:.1f} GiB ({needed:,} bytes); use metric='sketched' or "
+                "'matrixfree', kind='mc' (one row an example), or fewer examples"
             )
 
     @functools.cached_property

@@ -90,6 +90,10 @@ class Membership:
         """Name → parameter."""
         return {name: member.parameter for name, member in self.members.items()}
 
+    def buffers(self) -> list[Tensor]:
+        """The model's buffers."""
+        return list(self._model.buffers())
+
     def by_metric(self) -> list[tuple[Metric, dict[str, nn.Parameter]]]:
         """Each distinct metric with all of its parameters, whichever groups they are in."""
         result: list[tuple[Metric, dict[str, nn.Parameter]]] = []

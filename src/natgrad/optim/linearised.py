@@ -64,6 +64,7 @@ class Linearised(LeastSquares):
         self._random = torch.get_rng_state()
         self._blocks = self._evaluate()
         self._after = torch.get_rng_state()
+        self._buffers = [(buffer, buffer.clone()) for buffer in members.buffers()]
         self.residuals: Float[Tensor, "M"] = _joined(self._blocks)
         own = [block.loss for block in self._blocks]
         self.movable = all(loss is None for loss in own)
@@ -83,6 +84,8 @@ class Linearised(LeastSquares):
         if self.operator is not None and not self._check_rows(agreed):
             self._observe()
             self.operator = self._row_operator()
+        for tape in curvature.tapes:
+            tape.clear()
 
     def _evaluate(self) -> tuple[ResidualBlock, ...]:
         with ExitStack() as stack:
@@ -263,6 +266,8 @@ class Linearised(LeastSquares):
             torch.set_rng_state(self._after)
             for name, p in self._parameters.items():
                 p.data.copy_(self._base[name])
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
         before, after = ([(b.name, tuple(b.values.shape)) for b in bs] for bs in (self._blocks, blocks))
         if before != after:
             raise StepError(

@@ -1,0 +1,327 @@
+"""Four differential equations, solved by networks: the exact natural gradient against K-FAC, Adam and L-BFGS.
+
+    Poisson in two dimensions    −Δu = f                        u = sin πx sin πy
+    Poisson in five              −Δu = f                        u = Σ cos πx_k; points drawn anew in each step
+    heat                         u_t = ¼ u_xx                   u = exp(−π²t/4) sin πx; x and t from 0 to 1
+    Helmholtz                    Δu + k² u = 0, with k = 20     u = Y₀(k r): a wave from a source outside the square
+
+Residuals are the equation's at points inside and the error at points of the boundary, so that the loss is a sum of
+squares and its Gauss–Newton matrix a Fisher information: energy natural gradient descent (Müller & Zeinhofer 2023), with
+momentum SPRING (Goldshlager et al. 2024). All methods start from the same network, take the same residuals, and
+have equally long. What is reported is the relative L2 error of u at points that none of them is trained on.
+
+    python examples/equations.py [--seconds S] [--plot FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from natgrad import pde
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # Adam's, each tried for a part of the seconds from another network
+PART = 0.25
+K = 20.0  # Helmholtz's wave number, 3.2 waves to the side of the square
+
+Residuals = dict[str, Tensor]
+
+
+class Equation(NamedTuple):
+    """A problem whose solution is known."""
+
+    net: Callable[[], nn.Module]
+    solution: Callable[[Tensor], Tensor]  # [N, d] to [N, 1]
+    points: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # inside and on the boundary
+    residuals: Callable[[nn.Module, Tensor, Tensor], Residuals]
+    dimensions: int
+    fresh: bool = False  # points are drawn anew in each step
+
+
+class Run(NamedTuple):
+    """One training: relative L2 errors along it."""
+
+    seconds: list[float]
+    errors: list[float]
+    steps: int
+
+
+class Sine(nn.Module):
+    """Sin z."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Elementwise."""
+        return torch.sin(z)
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """A multilayer perceptron with tanh, in float64."""
+    layers: list[nn.Module] = []
+    for wide, narrow in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(wide, narrow), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def waves(features: int) -> nn.Sequential:
+    """One layer of sines, whose wave vectors start in a disc of radius about k."""
+    net = nn.Sequential(nn.Linear(2, features), Sine(), nn.Linear(features, 1)).double()
+    with torch.no_grad():
+        net[0].weight.normal_(0, K / math.sqrt(2))
+        net[0].bias.uniform_(-math.pi, math.pi)
+    return net
+
+
+def grid(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """n² points inside the unit square, and n on each side."""
+    t = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    zero, one = torch.zeros_like(t), torch.ones_like(t)
+    sides = [torch.stack(side, 1) for side in ((t, zero), (t, one), (zero, t), (one, t))]
+    return torch.cartesian_prod(t, t), torch.cat(sides)
+
+
+def initial_and_ends(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """As `grid`, without the side t = 1."""
+    inside, boundary = grid(n, generator)
+    return inside, boundary[boundary[:, 1] < 1]
+
+
+def cube(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """4n random points in the unit cube of five dimensions, and n on its faces."""
+    inside = torch.rand(4 * n, 5, generator=generator, dtype=torch.float64)
+    boundary = torch.rand(n, 5, generator=generator, dtype=torch.float64)
+    face = torch.randint(0, 5, (n,), generator=generator)
+    boundary[torch.arange(n), face] = torch.randint(0, 2, (n,), generator=generator).double()
+    return inside, boundary
+
+
+def product_of_sines(x: Tensor) -> Tensor:
+    """Sin πx sin πy."""
+    return torch.sin(math.pi * x).prod(1, keepdim=True)
+
+
+def sum_of_cosines(x: Tensor) -> Tensor:
+    """Σ cos πx_k."""
+    return torch.cos(math.pi * x).sum(1, keepdim=True)
+
+
+def cooling(x: Tensor) -> Tensor:
+    """Exp(−π²t/4) sin πx, of points (x, t)."""
+    return torch.exp(-(math.pi**2) / 4 * x[:, 1:]) * torch.sin(math.pi * x[:, :1])
+
+
+def cylindrical_wave(x: Tensor) -> Tensor:
+    """Y₀(k r), r the distance from (−¼, −¼)."""
+    return torch.special.bessel_y0(K * (x + 0.25).norm(dim=1, keepdim=True))
+
+
+EQUATIONS = {
+    "Poisson, 2-D": Equation(
+        lambda: mlp(2, 64, 1),
+        product_of_sines,
+        grid,
+        lambda net, x, b: {
+            "interior": pde.laplacian(net, x) + 2 * math.pi**2 * product_of_sines(x),
+            "boundary": net(b) - product_of_sines(b),
+        },
+        dimensions=2,
+    ),
+    "Poisson, 5-D": Equation(
+        lambda: mlp(5, 64, 64, 48, 48, 1),
+        sum_of_cosines,
+        lambda n, generator: cube(n * n * 2 // 9, generator),
+        lambda net, x, b: {
+            "interior": pde.laplacian(net, x) + math.pi**2 * sum_of_cosines(x),
+            "boundary": net(b) - sum_of_cosines(b),
+        },
+        dimensions=5,
+        fresh=True,
+    ),
+    "heat": Equation(
+        lambda: mlp(2, 64, 1),
+        cooling,
+        initial_and_ends,
+        lambda net, x, b: {
+            "interior": pde.heat(net, x, diffusivity=0.25),
+            "boundary": net(b) - cooling(b),
+        },
+        dimensions=2,
+    ),
+    "Helmholtz, k = 20": Equation(
+        lambda: waves(128),
+        cylindrical_wave,
+        grid,
+        lambda net, x, b: {
+            "interior": pde.helmholtz(net, x, K) / K**2,
+            "boundary": net(b) - cylindrical_wave(b),
+        },
+        dimensions=2,
+    ),
+}
+
+
+Closure = Callable[[], Residuals]
+Step = Callable[[Closure, float], Any]  # the residuals, and which share of the time is over
+
+
+def by_natgrad(net: nn.Module, **settings: Any) -> Step:
+    """A natural gradient method; with no settings but the metric it has no learning rate."""
+    optimizer = natgrad.NaturalGradient(net, **settings)
+    return lambda closure, share: optimizer.step(closure)
+
+
+def by_adam(net: nn.Module, lr: float) -> Step:
+    """Adam; its rate falls to zero along a cosine."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+
+    def step(closure: Closure, share: float) -> None:
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        optimizer.zero_grad()
+        loss(closure()).backward()
+        optimizer.step()
+
+    return step
+
+
+def by_lbfgs(net: nn.Module) -> Step:
+    """L-BFGS with 20 iterations a step, so that points that are drawn anew stay for 20."""
+    optimizer = torch.optim.LBFGS(
+        net.parameters(),
+        history_size=100,
+        tolerance_grad=0,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def step(closure: Closure, share: float) -> None:
+        def value() -> Tensor:
+            optimizer.zero_grad()
+            found = loss(closure())
+            found.backward()
+            return found
+
+        optimizer.step(value)
+
+    return step
+
+
+def loss(residuals: Residuals) -> Tensor:
+    """½ Σ_b mean r_b², which is natgrad's, too."""
+    return torch.stack([0.5 * r.square().mean() for r in residuals.values()]).sum()
+
+
+def train(
+    equation: Equation, stepper: Callable[[nn.Module], Step], seconds: float, seed: int, n: int
+) -> Run:
+    """Steps until the seconds are over; those of measuring the error don't count."""
+    torch.manual_seed(seed)
+    net, generator = equation.net(), torch.Generator().manual_seed(seed)
+    unseen = torch.rand(
+        10_000, equation.dimensions, generator=torch.Generator().manual_seed(99), dtype=torch.float64
+    )
+    truth = equation.solution(unseen)
+
+    def error() -> float:
+        with torch.no_grad():
+            return float((net(unseen) - truth).norm() / truth.norm())
+
+    x, b = equation.points(n, generator)
+    step, spent, steps = stepper(net), 0.0, 0
+    run = Run([0.0], [error()], 0)
+    while spent < seconds:
+        begun = time.perf_counter()
+        if equation.fresh:
+            x, b = equation.points(n, generator)
+        step(lambda x=x, b=b: equation.residuals(net, x, b), spent / seconds)
+        spent, steps = spent + time.perf_counter() - begun, steps + 1
+        if spent - run.seconds[-1] > seconds / 200 or spent >= seconds:
+            run.seconds.append(spent)
+            run.errors.append(error())
+    return run._replace(steps=steps)
+
+
+def tuned_adam(equation: Equation, seconds: float, n: int, rates: Sequence[float]) -> float:
+    """The rate after which the error is least."""
+    ends = {
+        lr: train(equation, lambda net, lr=lr: by_adam(net, lr), seconds, 100, n).errors[-1] for lr in rates
+    }
+    return min(ends, key=lambda lr: ends[lr] if math.isfinite(ends[lr]) else math.inf)
+
+
+def main(
+    names: Sequence[str] = tuple(EQUATIONS),
+    seconds: float = 8.0,
+    seed: int = 0,
+    n: int = 30,
+    rates: Sequence[float] = RATES,
+    plot: Path | None = None,
+) -> dict[tuple[str, str], Run]:
+    """Solves each equation by each method; returns the runs by equation and method."""
+    runs: dict[tuple[str, str], Run] = {}
+    print(f"{seconds:g} s each\n\n{'':<20}{'':<28}{'relative L2 error':>18}{'steps':>8}")
+    for name in names:
+        equation = EQUATIONS[name]
+        rate = tuned_adam(equation, PART * seconds, n, rates)
+        # Where points are drawn anew, SPRING is the default.
+        plain = {"lr": natgrad.AdaptiveSPRING(momentum=0.0)} if equation.fresh else {}
+        methods: dict[str, Callable[[nn.Module], Step]] = {
+            "exact natural gradient": lambda net, plain=plain: by_natgrad(net, metric="exact", **plain),
+            "SPRING": lambda net: by_natgrad(net, metric="exact", lr=natgrad.AdaptiveSPRING()),
+            "K-FAC": lambda net: by_natgrad(net, metric="kfac"),
+            "Adam": lambda net, rate=rate: by_adam(net, rate),
+            "L-BFGS": by_lbfgs,
+        }
+        for method, stepper in methods.items():
+            run = runs[name, method] = train(equation, stepper, seconds, seed, n)
+            label = f"{method} @ {rate:g}" if method == "Adam" else method
+            print(f"{name:<20}{label:<28}{run.errors[-1]:>18.1e}{run.steps:>8}", flush=True)
+    if plot:
+        draw(runs, plot)
+    return runs
+
+
+def draw(runs: dict[tuple[str, str], Run], path: Path) -> None:
+    """The error against seconds, a panel for each equation."""
+    from matplotlib.figure import Figure
+
+    from natgrad.lab.figures import styled
+
+    names = list(dict.fromkeys(name for name, _ in runs))
+    looks = {"exact natural gradient": ("#D55E00", "-"), "SPRING": ("#E69F00", (0, (5, 1.6))),
+             "K-FAC": ("#009E73", (0, (3, 1.4, 1, 1.4))), "Adam": ("#0072B2", (0, (1.2, 1.4))),
+             "L-BFGS": ("#555555", (0, (7, 1.4, 1, 1.4)))}  # fmt: skip
+    with styled():
+        rows = math.ceil(len(names) / 2)
+        figure = Figure(figsize=(7.6, 0.6 + 2.8 * rows), layout="constrained")
+        panels = figure.subplots(rows, 2, squeeze=False)
+        for axes in panels.flat[len(names) :]:
+            axes.set_visible(False)
+        for axes, name in zip(panels.flat, names, strict=False):
+            for method, (colour, dash) in looks.items():
+                run = runs[name, method]
+                axes.plot(
+                    run.seconds, run.errors, color=colour, linestyle=dash, linewidth=1.8, label=method
+                )
+            axes.set_yscale("log")
+            axes.set_title(name)
+            axes.set_xlabel("seconds")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("relative L2 error")
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5)
+        figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="four differential equations by natural gradients")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each method on each equation")
+    parser.add_argument("--plot", type=Path, help="draw the errors into this file")
+    arguments = parser.parse_args()
+    main(seconds=arguments.seconds, plot=arguments.plot)
