@@ -6,8 +6,8 @@
     Helmholtz                    Δu + k² u = 0, with k = 20     u = Y₀(k r): a wave from a source outside the square
 
 Residuals are the equation's at points inside and the error at points of the boundary, so that the loss is a sum of
-squares and its Gauss–Newton matrix a Fisher information: energy natural gradient descent (Müller & Zeinhofer 2023), with
-momentum SPRING (Goldshlager et al. 2024). All methods start from the same network, take the same residuals, and
+squares and its Gauss–Newton matrix a Fisher information: energy natural gradient descent (Müller & Zeinhofer 2023),
+with momentum SPRING (Goldshlager et al. 2024). All methods start from the same network, take the same residuals, and
 have equally long. What is reported is the relative L2 error of u at points that none of them is trained on.
 
     python examples/equations.py [--seconds S] [--plot FILE]
@@ -19,6 +19,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ class Equation(NamedTuple):
     points: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # inside and on the boundary
     residuals: Callable[[nn.Module, Tensor, Tensor], Residuals]
     dimensions: int
+    seconds: float  # of each method
     fresh: bool = False  # points are drawn anew in each step
 
 
@@ -65,7 +67,7 @@ class Sine(nn.Module):
 def mlp(*widths: int) -> nn.Sequential:
     """A multilayer perceptron with tanh, in float64."""
     layers: list[nn.Module] = []
-    for wide, narrow in zip(widths, widths[1:], strict=False):
+    for wide, narrow in pairwise(widths):
         layers += [nn.Linear(wide, narrow), nn.Tanh()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -132,6 +134,7 @@ EQUATIONS = {
             "boundary": net(b) - product_of_sines(b),
         },
         dimensions=2,
+        seconds=6.0,
     ),
     "Poisson, 5-D": Equation(
         lambda: mlp(5, 64, 64, 48, 48, 1),
@@ -142,6 +145,7 @@ EQUATIONS = {
             "boundary": net(b) - sum_of_cosines(b),
         },
         dimensions=5,
+        seconds=12.0,
         fresh=True,
     ),
     "heat": Equation(
@@ -153,6 +157,7 @@ EQUATIONS = {
             "boundary": net(b) - cooling(b),
         },
         dimensions=2,
+        seconds=6.0,
     ),
     "Helmholtz, k = 20": Equation(
         lambda: waves(128),
@@ -163,6 +168,7 @@ EQUATIONS = {
             "boundary": net(b) - cylindrical_wave(b),
         },
         dimensions=2,
+        seconds=6.0,
     ),
 }
 
@@ -218,9 +224,14 @@ def loss(residuals: Residuals) -> Tensor:
 
 
 def train(
-    equation: Equation, stepper: Callable[[nn.Module], Step], seconds: float, seed: int, n: int
+    equation: Equation,
+    stepper: Callable[[nn.Module], Step],
+    seconds: float,
+    seed: int,
+    n: int,
+    most: float = math.inf,
 ) -> Run:
-    """Steps until the seconds are over; those of measuring the error don't count."""
+    """Steps until the seconds are over, or `most` steps; the seconds of measuring the error don't count."""
     torch.manual_seed(seed)
     net, generator = equation.net(), torch.Generator().manual_seed(seed)
     unseen = torch.rand(
@@ -235,13 +246,13 @@ def train(
     x, b = equation.points(n, generator)
     step, spent, steps = stepper(net), 0.0, 0
     run = Run([0.0], [error()], 0)
-    while spent < seconds:
+    while spent < seconds and steps < most:
         begun = time.perf_counter()
         if equation.fresh:
             x, b = equation.points(n, generator)
         step(lambda x=x, b=b: equation.residuals(net, x, b), spent / seconds)
         spent, steps = spent + time.perf_counter() - begun, steps + 1
-        if spent - run.seconds[-1] > seconds / 200 or spent >= seconds:
+        if spent - run.seconds[-1] > seconds / 200 or spent >= seconds or steps == most:
             run.seconds.append(spent)
             run.errors.append(error())
     return run._replace(steps=steps)
@@ -257,7 +268,7 @@ def tuned_adam(equation: Equation, seconds: float, n: int, rates: Sequence[float
 
 def main(
     names: Sequence[str] = tuple(EQUATIONS),
-    seconds: float = 8.0,
+    seconds: float | None = None,
     seed: int = 0,
     n: int = 30,
     rates: Sequence[float] = RATES,
@@ -265,10 +276,11 @@ def main(
 ) -> dict[tuple[str, str], Run]:
     """Solves each equation by each method; returns the runs by equation and method."""
     runs: dict[tuple[str, str], Run] = {}
-    print(f"{seconds:g} s each\n\n{'':<20}{'':<28}{'relative L2 error':>18}{'steps':>8}")
+    print(f"{'':<20}{'':<28}{'seconds':>8}{'relative L2 error':>20}{'steps':>8}")
     for name in names:
         equation = EQUATIONS[name]
-        rate = tuned_adam(equation, PART * seconds, n, rates)
+        allowed = equation.seconds if seconds is None else seconds
+        rate = tuned_adam(equation, PART * allowed, n, rates)
         # Where points are drawn anew, SPRING is the default.
         plain = {"lr": natgrad.AdaptiveSPRING(momentum=0.0)} if equation.fresh else {}
         methods: dict[str, Callable[[nn.Module], Step]] = {
@@ -279,9 +291,12 @@ def main(
             "L-BFGS": by_lbfgs,
         }
         for method, stepper in methods.items():
-            run = runs[name, method] = train(equation, stepper, seconds, seed, n)
+            run = runs[name, method] = train(equation, stepper, allowed, seed, n)
             label = f"{method} @ {rate:g}" if method == "Adam" else method
-            print(f"{name:<20}{label:<28}{run.errors[-1]:>18.1e}{run.steps:>8}", flush=True)
+            print(
+                f"{name:<20}{label:<28}{run.seconds[-1]:>8.1f}{run.errors[-1]:>20.1e}{run.steps:>8}",
+                flush=True,
+            )
     if plot:
         draw(runs, plot)
     return runs
@@ -306,9 +321,7 @@ def draw(runs: dict[tuple[str, str], Run], path: Path) -> None:
         for axes, name in zip(panels.flat, names, strict=False):
             for method, (colour, dash) in looks.items():
                 run = runs[name, method]
-                axes.plot(
-                    run.seconds, run.errors, color=colour, linestyle=dash, linewidth=1.8, label=method
-                )
+                axes.plot(run.seconds, run.errors, color=colour, linestyle=dash, linewidth=1.8, label=method)
             axes.set_yscale("log")
             axes.set_title(name)
             axes.set_xlabel("seconds")
@@ -321,7 +334,7 @@ def draw(runs: dict[tuple[str, str], Run], path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="four differential equations by natural gradients")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each method on each equation")
+    parser.add_argument("--seconds", type=float, help="of each method; by default 6, in 5-D 12")
     parser.add_argument("--plot", type=Path, help="draw the errors into this file")
     arguments = parser.parse_args()
     main(seconds=arguments.seconds, plot=arguments.plot)

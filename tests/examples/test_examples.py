@@ -105,6 +105,44 @@ def test_the_spectrum_rises_and_then_falls_with_the_loss(tmp_path: Path) -> None
     assert drawn(tmp_path / "a.png")
 
 
+def test_four_equations_are_solved_by_every_method(tmp_path: Path) -> None:
+    runs = main_of("equations")(seconds=0.2, n=9, rates=(1e-2,), plot=tmp_path / "a.png")
+    assert len(runs) == 4 * 5
+    assert all(math.isfinite(error) for run in runs.values() for error in run.errors)
+    assert drawn(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["Poisson, 2-D", "heat"])
+def test_the_exact_natural_gradient_solves_equations_to_many_digits(name: str) -> None:
+    example = runpy.run_path(str(EXAMPLES / "equations.py"))
+    with torch.random.fork_rng():
+        run = example["train"](
+            example["EQUATIONS"][name],
+            lambda net: example["by_natgrad"](net, metric="exact"),
+            seconds=math.inf,
+            seed=0,
+            n=20,
+            most=150,
+        )
+    assert run.errors[-1] < 1e-5
+
+
+def test_the_equations_have_the_solutions_that_errors_are_taken_against() -> None:
+    """By differences of second order: h² u⁗ / 12 beside k² u."""
+    example, h = runpy.run_path(str(EXAMPLES / "equations.py")), 1e-3
+    x = torch.rand(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for solution, operator in (
+        ("cylindrical_wave", lambda u, xx, t, tt: (xx + tt) / example["K"] ** 2 + u),
+        ("cooling", lambda u, xx, t, tt: t - 0.25 * xx),
+        ("product_of_sines", lambda u, xx, t, tt: (xx + tt) / (2 * math.pi**2) + u),
+    ):
+        u = example[solution]
+        e, f = torch.tensor([[h, 0.0]], dtype=x.dtype), torch.tensor([[0.0, h]], dtype=x.dtype)
+        xx, tt = ((u(x + d) - 2 * u(x) + u(x - d)) / h**2 for d in (e, f))
+        t = (u(x + f) - u(x - f)) / (2 * h)
+        assert float(operator(u(x), xx, t, tt).abs().max()) < 1e-4
+
+
 def test_the_ising_chain_reaches_the_ground_state(tmp_path: Path) -> None:
     pytest.importorskip("scipy")
     runs = main_of("ising")(sizes=(6,), seeds=(0,), chains=300, steps=60, plot=tmp_path / "a.png")
