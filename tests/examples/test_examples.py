@@ -176,6 +176,29 @@ def test_the_ising_chain_is_measured_rightly() -> None:
     assert ising["ground_energy"](6, 1.0) == pytest.approx(-2 / math.sin(math.pi / 12), rel=1e-12)
 
 
+def test_curves_are_fitted_to_certified_digits_and_lines_in_one_step(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    pytest.importorskip("mpmath")
+    names, conditions = ("Misra1a", "BoxBOD", "Thurber", "MGH10, log b", "Rosenbrock"), (1.0, 1e4, 1e10)
+    runs, errors = main_of("fitting")(names, conditions, seeds=(0,), plot=tmp_path / "a.png")
+    assert len(runs) == 9
+    for (name, start), both in runs.items():
+        ours, theirs = both["natgrad"], both["scipy"]
+        assert ours.digits > 6.5, name
+        if (name, start) == ("BoxBOD", 1):  # where MINPACK ends on a plateau
+            continue
+        assert theirs.digits > 6.5, name
+        assert ours.squares == pytest.approx(theirs.squares, rel=1e-9, abs=1e-20)
+        if (name, start) != ("Misra1a", 2):
+            assert ours.reached()[0] <= theirs.reached()[0], name
+    for condition, error, reference in zip(conditions, errors["rectangular"], errors["lstsq"]):
+        assert error < 1e-15 * (condition + 10)
+        assert error < 100 * reference
+    assert errors["gram"][1] > 100 * errors["rectangular"][1]
+    assert math.isnan(errors["dense"][2])
+    assert drawn(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_complex_amplitudes_learn_signs_as_well(momentum: float) -> None:
     """A Heisenberg ring of six spins without Marshall's sign rule: its ground state has both signs."""
