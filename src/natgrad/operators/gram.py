@@ -117,22 +117,32 @@ class Gram(RowOperator):
         correction = self.rows.rmatmul(torch.cholesky_solve(rest.mT, lower).mT)
         return {name: x.add_(correction[name]) for name, x in found.items()}
 
+    @property
+    def _squares(self) -> Tensor:
+        """The squares of J's singular values, ascending, as the smaller of JJᵀ and JᵀJ has them for eigenvalues."""
+        return self._eigen[0] if self._primal is None else self._primal._eigen[0]
+
+    def _known(self, squares: Tensor) -> Tensor:
+        """Which are not rounding's: below √ε of the largest, J's singular values are lost in either matrix."""
+        return squares > len(squares) * torch.finfo(squares.dtype).eps * squares[-1]
+
     def _filtered(self, targets: Tensor, damping: float, order: float) -> Rows:
-        values, vectors = self._eigen
-        # Rounding in K is ε of its largest eigenvalue: J's singular values below √ε of the largest are lost here.
-        known = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-        weights = torch.where(known, self._filter(values, damping, order), 0.0)
+        squares = self._squares
+        weights = torch.where(self._known(squares), self._filter(squares, damping, order), 0.0)
+        if self._primal is not None:
+            return self._primal._with_eigenvalues(self.rows.rmatmul(targets), weights)
+        vectors = self._eigen[1]
         return self.rows.rmatmul(((targets @ vectors) * weights) @ vectors.mT)
 
     @property
     def condition(self) -> float:
         """The largest singular value of J over the least; of a Cholesky factor, a lower bound."""
-        for lower, _ in self._factors.values():
+        for lower, _ in (self._factors if self._primal is None else self._primal._factors).values():
             diagonal = lower.diagonal()
             return float(diagonal.max() / diagonal.min())
-        values = self._eigen[0]
-        least = values[values > len(values) * torch.finfo(values.dtype).eps * values[-1]]
-        return float((values[-1] / least[0]).sqrt()) if len(least) else float("inf")
+        squares = self._squares
+        known = squares[self._known(squares)]
+        return float((squares[-1] / known[0]).sqrt()) if len(known) else float("inf")
 
     def _in_eigenbasis(self, rows: Rows, values: Tensor) -> Rows:
         """Jᵀ U diag(values) Uᵀ J v."""
