@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
-
-from natgrad.metrics.base import Estimate, Kind, Metric, check_kind
-from natgrad.metrics.rowestimate import RowEstimate
+from natgrad.metrics.rowmetric import RowMetric
 from natgrad.operators import FactoredRows, Gram, Rectangular, RowOperator, Sketched
 
 # Up to so many parameters the singular values of J take less than half a second (two cores).
@@ -22,14 +18,13 @@ GRAM = 16384
 
 
 @dataclass(frozen=True)
-class Exact(Metric):
+class Exact(RowMetric):
     """F = JᵀJ of the present batch, exactly; how it is solved with is chosen by size.
 
     | chosen | where |
     |---|---|
     | "rectangular" | J [M, P] is small, P ≤ 768 and P ≤ M: its singular values, so that nothing is squared |
-    | "dense" | fewer parameters than rows, at most 16,384: Cholesky of JᵀJ |
-    | "gram" | fewer rows than parameters, at most 16,384: Cholesky of JJᵀ, layer by layer |
+    | "gram" | the fewer of rows and parameters are at most 16,384: Cholesky of JJᵀ, layer by layer, or of JᵀJ |
     | "sketched" | both are many: conjugate gradients, guided by a sketch of JJᵀ as large as the damping asks for |
 
     For the last, 20,000 rows of a perceptron with 49,466 parameters, λ a millionth of the largest eigenvalue: 3.8 s
@@ -43,14 +38,9 @@ class Exact(Metric):
             ("empirical").
     """
 
-    kind: Kind = "exact"
-
-    def __post_init__(self) -> None:
-        check_kind(self.kind)
-
-    def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
-        """An estimate of the whole matrix."""
-        return RowEstimate(parameters, self.kind, operator_by_size)
+    def operator(self, rows: FactoredRows) -> RowOperator:
+        """Solves through whichever is chosen."""
+        return operator_by_size(rows)
 
 
 def operator_by_size(rows: FactoredRows) -> RowOperator:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
-
-from natgrad.metrics.base import Estimate, Kind, Metric, check_kind
-from natgrad.metrics.rowestimate import RowEstimate
+from natgrad.metrics.rowmetric import RowMetric
+from natgrad.operators import FactoredRows
 from natgrad.operators import Gram as GramOperator
 
 
 @dataclass(frozen=True)
-class Gram(Metric):
+class Gram(RowMetric):
     """F = JᵀJ of the present batch, solved by one Cholesky factorisation of JJᵀ + λI.
 
     JJᵀ has a row for each example and output column ("exact"), or for each example ("mc", "empirical"); it is built
@@ -24,11 +21,6 @@ class Gram(Metric):
             ("empirical").
     """
 
-    kind: Kind = "exact"
-
-    def __post_init__(self) -> None:
-        check_kind(self.kind)
-
-    def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
-        """An estimate of the whole matrix."""
-        return RowEstimate(parameters, self.kind, GramOperator)
+    def operator(self, rows: FactoredRows) -> GramOperator:
+        """Solves through JJᵀ, or JᵀJ where that is smaller."""
+        return GramOperator(rows)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
-
-from natgrad.metrics.base import Estimate, Kind, Metric, check_kind
-from natgrad.metrics.rowestimate import RowEstimate
+from natgrad.metrics.rowmetric import RowMetric
 from natgrad.operators import FactoredRows
 from natgrad.operators import Sketched as SketchedOperator
 from natgrad.operators.sketched import check_sketch
 
 
 @dataclass(frozen=True)
-class Sketched(Metric):
+class Sketched(RowMetric):
     """F = JᵀJ of the present batch, solved by conjugate gradients on JJᵀ + λI that a Nyström sketch of JJᵀ guides.
 
     The sketch's rank follows the damping, so that the iterations stay few; neither J nor JJᵀ is formed. Rows of
@@ -32,19 +28,15 @@ class Sketched(Metric):
     Source: Frangella, Tropp & Udell 2023, "Randomized Nyström preconditioning", arXiv 2110.02820.
     """
 
-    kind: Kind = "exact"
     rank: int = 32
     largest: int = 1024
     iterations: int = 1000
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        check_kind(self.kind)
+        super().__post_init__()
         check_sketch(self.rank, self.largest, self.iterations, self.tolerance)
 
-    def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
-        """An estimate of the whole matrix."""
-        return RowEstimate(parameters, self.kind, self._operator)
-
-    def _operator(self, rows: FactoredRows) -> SketchedOperator:
+    def operator(self, rows: FactoredRows) -> SketchedOperator:
+        """Solves by iteration through a sketch of JJᵀ."""
         return SketchedOperator(rows, self.rank, self.largest, self.iterations, self.tolerance)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.errors import CoverageWarning, NonFiniteError, StepError
 from natgrad.likelihoods import ResidualBlock, Residuals
-from natgrad.metrics.rowestimate import RowEstimate
+from natgrad.metrics.rowmetric import RowEstimate
 from natgrad.operators import ParameterSpace, Rectangular, RowOperator
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.groups import Membership

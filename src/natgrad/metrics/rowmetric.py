@@ -1,20 +1,46 @@
-"""Estimates of F = JᵀJ by the rows J of the present step: what the metrics that differ in how they solve share."""
+"""F = JᵀJ by the rows J of the present step: what the metrics that differ only in how they solve share."""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 from torch import Tensor, nn
 
 from natgrad.linalg import Stage
-from natgrad.metrics.base import Kind, Observation, WholeEstimate
+from natgrad.metrics.base import Estimate, Kind, Metric, Observation, WholeEstimate, check_kind
 from natgrad.metrics.kept import KeptRows
 from natgrad.operators import FactoredRows, Gram, RowOperator
 
 
+@dataclass(frozen=True)
+class RowMetric(Metric):
+    """F of the present batch, exactly, as an operator on its rows. Rows of different steps don't join: no average.
+
+    Attributes:
+        kind: the signals: every output column ("exact"), sampled from the model ("mc"), or real gradients
+            ("empirical").
+    """
+
+    kind: Kind = "exact"
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+
+    @abc.abstractmethod
+    def operator(self, rows: FactoredRows) -> RowOperator:
+        """The operator of given rows."""
+
+    @final
+    def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
+        """An estimate of the whole matrix."""
+        return RowEstimate(parameters, self.kind, self.operator)
+
+
 class RowEstimate(WholeEstimate):
-    """F of the present step's batches as an operator on its rows. Rows of different steps don't join.
+    """F of the present step's batches as an operator on their rows.
 
     Args:
         parameters: what the rows are about.
