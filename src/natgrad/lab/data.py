@@ -11,7 +11,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from natgrad.errors import ConfigError
@@ -152,7 +152,7 @@ def fashion_mnist(folder: Path = FASHION) -> tuple[Images, Images]:
     return part("train"), part("t10k")
 
 
-def _idx(path: Path, header: int) -> Int[Tensor, " n"]:
+def _idx(path: Path, header: int) -> UInt8[Tensor, " n"]:
     """The bytes behind the header of an idx file."""
     try:
         content = gzip.decompress(path.read_bytes())
