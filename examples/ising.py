@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.lab.extras import require
+from natgrad.lab.ising import LogPsi, energy, ground_energy, local_energies
 
 LR, DAMPING = 0.1, 1e-3  # of natgrad's runs at every size: set by hand, with SPRING
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # Adam's, tried with another seed than those that are reported
@@ -38,25 +38,6 @@ class Run(NamedTuple):
     errors: list[float]
     seconds: list[float]
     variance: float  # of the local energy at the end, over |ψ|²
-
-
-class LogPsi(nn.Module):
-    """Log ψ of a ring of spins: two circular convolutions that reach all around it.
-
-    The sum over the ring makes ψ the same for every translation of s. No bias, tanh odd and log cosh even: the same
-    for −s, too. So is the ground state.
-    """
-
-    def __init__(self, n: int, channels: int = 8) -> None:
-        super().__init__()
-        ring = {"kernel_size": n, "padding": "same", "padding_mode": "circular", "bias": False}
-        self.first = nn.Conv1d(1, channels, **ring, dtype=torch.float64)
-        self.second = nn.Conv1d(channels, channels, **ring, dtype=torch.float64)
-
-    def forward(self, s: Tensor) -> Tensor:
-        """Configurations [N, n] to log ψ [N]."""
-        z = self.second(torch.tanh(self.first(s[:, None])))
-        return torch.logaddexp(z, -z).sum((1, 2))  # log 2 cosh z
 
 
 class Metropolis:
@@ -85,47 +66,6 @@ class Metropolis:
             value = torch.where(taken, there, value)
         self.states = states
         return states
-
-
-@torch.no_grad()
-def local_energies(log_psi: nn.Module, s: Tensor, h: float) -> Tensor:
-    """⟨s|H|ψ⟩ / ⟨s|ψ⟩ [N]: the bonds, and ψ's ratio for each flipped spin, in one forward pass."""
-    n = s.shape[1]
-    flipped = s[:, None] * (1 - 2 * torch.eye(n, dtype=s.dtype))
-    values = log_psi(torch.cat([s, flipped.flatten(0, 1)]))
-    ratios = (values[len(s) :].view(-1, n) - values[: len(s), None]).exp()
-    return -(s * s.roll(-1, 1)).sum(1) - h * ratios.sum(1)
-
-
-def configurations(n: int) -> Tensor:
-    """All configurations [2ⁿ, n]; a bit of the row's number that is set is a spin down."""
-    return 1.0 - 2 * (torch.arange(2**n)[:, None] >> torch.arange(n) & 1).double()
-
-
-def ground_energy(n: int, h: float) -> float:
-    """The least eigenvalue of H [2ⁿ, 2ⁿ], by Lanczos."""
-    sparse, linalg = (require(f"scipy.sparse{m}", "exact diagonalisation") for m in ("", ".linalg"))
-    states, s = torch.arange(2**n), configurations(n)
-    H = sparse.diags_array(-(s * s.roll(-1, 1)).sum(1).numpy()).tocsr()
-    for site in range(n):
-        flipped = (states ^ (1 << site)).numpy()
-        weight = torch.full((2**n,), -h, dtype=torch.float64).numpy()
-        H = H + sparse.csr_array((weight, (states.numpy(), flipped)), shape=H.shape)
-    return float(linalg.eigsh(H, k=1, which="SA", tol=1e-13, return_eigenvectors=False)[0])
-
-
-@torch.no_grad()
-def energy(log_psi: nn.Module, n: int, h: float) -> tuple[float, float]:
-    """⟨H⟩ of ψ and its variance, over all configurations."""
-    s, states = configurations(n), torch.arange(2**n)
-    log = torch.cat([log_psi(part) for part in s.split(8192)])
-    psi = (log - log.max()).exp()
-    psi /= psi.norm()
-    image = -(s * s.roll(-1, 1)).sum(1) * psi
-    for site in range(n):
-        image -= h * psi[states ^ (1 << site)]
-    mean = float(psi @ image)
-    return mean, float((image - mean * psi).square().sum())
 
 
 Step = Callable[

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.lab import equations
+from natgrad.lab import equations, ising
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGES = Path(__file__).parents[2] / "docs" / "uses"
@@ -157,24 +157,24 @@ def test_the_ising_chain_reaches_the_ground_state(tmp_path: Path) -> None:
 def test_the_ising_chain_is_measured_rightly() -> None:
     """Local energies weighted with |ψ|² give ⟨H⟩, chains come to |ψ|², and the ring's energy is the closed form."""
     pytest.importorskip("scipy")
-    ising = runpy.run_path(str(EXAMPLES / "ising.py"))
+    metropolis = runpy.run_path(str(EXAMPLES / "ising.py"))["Metropolis"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        log_psi = ising["LogPsi"](6)
-    s = ising["configurations"](6)
+        log_psi = ising.LogPsi(6)
+    s = ising.configurations(6)
     with torch.no_grad():
         p = (2 * log_psi(s)).softmax(0)
-    mean, variance = ising["energy"](log_psi, 6, 0.7)
-    energies = ising["local_energies"](log_psi, s, 0.7)
+    mean, variance = ising.energy(log_psi, 6, 0.7)
+    energies = ising.local_energies(log_psi, s, 0.7)
     assert float(p @ energies) == pytest.approx(mean, rel=1e-12)
     assert float(p @ (energies - mean).square()) == pytest.approx(variance, rel=1e-9)
-    drawn_states = ising["Metropolis"](20_000, 6, 0).sample(log_psi, 60)
+    drawn_states = metropolis(20_000, 6, 0).sample(log_psi, 60)
     counts = torch.bincount(
         ((1 - drawn_states) / 2 @ 2.0 ** torch.arange(6, dtype=s.dtype)).long(), minlength=64
     )
     assert float(((counts - 20_000 * p).square() / (20_000 * p)).sum()) < 63 + 5 * (2 * 63) ** 0.5
     # Jordan–Wigner: −2 Σ |cos(k/2)| over k = π(2j + 1)/n at h = J = 1 is −2 / sin(π/2n).
-    assert ising["ground_energy"](6, 1.0) == pytest.approx(-2 / math.sin(math.pi / 12), rel=1e-12)
+    assert ising.ground_energy(6, 1.0) == pytest.approx(-2 / math.sin(math.pi / 12), rel=1e-12)
 
 
 def test_curves_are_fitted_to_certified_digits_and_lines_in_one_step(tmp_path: Path) -> None:

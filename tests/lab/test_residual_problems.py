@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from natgrad.errors import ConfigError
-from natgrad.lab import equations, fitting
+from natgrad.lab import equations, fitting, ising
 from natgrad.lab.peers import entrants, share_of_rate
 from natgrad.lab.plan import Budget
 from natgrad.lab.problem import ResidualProblem, sum_of_squares
@@ -128,6 +128,40 @@ def test_an_interrupted_run_on_fresh_points_goes_on_with_the_points_of_its_step(
     Race(problem, field, tmp_path / "twice", budget).run()
     whole, twice = (evaluations(tmp_path / which)["adam"] for which in ("whole", "twice"))
     assert [e["excess"] for e in whole] == [e["excess"] for e in twice]
+
+
+def test_a_spin_chain_is_raced_on_to_its_ground_state(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    whole = load_problem("ising")
+    assert isinstance(whole, ising.SpinChain)
+    exact = -2 / math.sin(math.pi / 12)  # Jordan–Wigner, n = 6
+    problem = replace(whole, make_model=lambda seed: ising.LogPsi(6), spins=6, samples=300, exact=exact)
+    field = entrants(["natgrad", "adam"], problem)
+    assert (field[0].rate, field[0].grid()) == (0.1, ())
+    Race(problem, field, tmp_path, Budget(steps=60, evaluate_every=20), tune=False).run()
+    ends = {name: told[-1]["excess"] for name, told in evaluations(tmp_path).items()}
+    assert -1e-12 < ends["natgrad"] < 1e-5
+    assert ends["natgrad"] < 0.1 * ends["adam"]
+    assert "natgrad (rate 0.1)" in summarise(*read_race(tmp_path)).headline
+
+
+def test_a_chains_loss_is_its_energy_with_the_energys_gradient() -> None:
+    pytest.importorskip("scipy")
+    whole = load_problem("ising")
+    assert isinstance(whole, ising.SpinChain)
+    problem = replace(whole, make_model=lambda seed: ising.LogPsi(4), spins=4, samples=400_000, exact=-1.0)
+    model = problem.build(0)
+    loss = problem.loss(model, None, 0)
+    loss.backward()
+    s = ising.configurations(4)
+    log = model(s)
+    energies = ising.local_energies(model, s, 1.0)
+    p = (2 * log).softmax(0).detach()
+    mean = float(p @ energies)
+    assert float(loss.detach()) == pytest.approx(mean, abs=0.02)
+    exact = torch.autograd.grad((2 * p * (energies - mean) * log).sum(), list(model.parameters()))
+    for parameter, gradient in zip(model.parameters(), exact):
+        assert torch.allclose(parameter.grad, gradient, atol=0.03)  # type: ignore[arg-type]
 
 
 def test_residuals_are_not_taken_in_batches(tmp_path: Path) -> None:

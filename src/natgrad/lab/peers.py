@@ -78,7 +78,7 @@ def share_of_rate(spent: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (spent - rise) / (1 - rise)))
 
 
-def _natgrad(metric: str, of_residuals: str | None = None) -> Build:
+def _natgrad(metric: str, of_residuals: str | None = None, **settings: Any) -> Build:
     def build(
         model: nn.Module, loss_fn: nn.Module | None, rate: float | None, seed: int
     ) -> torch.optim.Optimizer:
@@ -88,6 +88,7 @@ def _natgrad(metric: str, of_residuals: str | None = None) -> Build:
             metric=metric if loss_fn is not None else of_residuals or metric,
             lr=rate,
             seed=seed,
+            **settings,
         )
         return made
 
@@ -218,6 +219,11 @@ def entrants(wanted: Iterable[str], problem: Task) -> tuple[Entrant, ...]:
             )
         elif entrant.rate is not None:
             entrant = entrant.at(problem.rates.get(name, entrant.rate))
+        elif entrant.name == "natgrad" and problem.settings:
+            rest = dict(problem.settings)
+            rate = rest.pop("lr")
+            build = _natgrad("kfac", of_residuals="exact", **rest)
+            entrant = replace(entrant, build=build, rate=rate, pinned=True)
         chosen.append(entrant)
     if not chosen:
         raise ConfigError("a race needs at least one optimiser")

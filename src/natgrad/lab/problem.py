@@ -6,13 +6,14 @@ There are two kinds. A `Problem` has inputs and targets and a `torch.nn` loss; i
 
 where `floor` is the least value that the loss can take (the entropy of the data, or a known optimum), so that an
 excess of zero is perfection and a logarithmic axis means something. A `ResidualProblem` has residuals and a known
-solution; it is measured by the relative error of what was found.
+solution; it is measured by the relative error of what was found. (`natgrad.lab.ising` has a third kind.)
 """
 
 from __future__ import annotations
 
 import abc
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from natgrad.errors import ConfigError, EmptyError
 
 Score = Callable[[Tensor, Tensor], Tensor]
 Residuals = dict[str, Tensor]
+Closure = Callable[[], Any]  # what `NaturalGradient.step` takes: gives residuals, or scores
 _AT_ONCE = 1000  # examples of a pass that measures
 _OF_NORMS = 2000  # examples that BatchNorm's averages are taken over
 
@@ -46,6 +48,7 @@ class Task(abc.ABC):
         seconds: the same in seconds, and instead of steps, for optimisers whose steps differ much in length.
         evaluate_every: steps between two evaluations (the first ones lie closer).
         rates: peer → the learning rate that it gets without ``--tune``, found by a search on this problem.
+        settings: what natgrad is given besides its metric: nothing, but where its step needs a rate.
         schedule: whether the peers' rates rise over the first twentieth of the run and fall to zero along a cosine,
             as they are used in practice; constant otherwise.
     """
@@ -61,6 +64,7 @@ class Task(abc.ABC):
     seconds: float | None = None
     evaluate_every: int = 10
     rates: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, float] = field(default_factory=dict)
     schedule: bool = False
 
     def __post_init__(self) -> None:
@@ -100,6 +104,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def loss(self, model: nn.Module, loss_fn: nn.Module | None, batch: Any) -> Tensor:
         """The scalar that is trained, with its graph."""
+
+    def residuals_of(self, model: nn.Module, batch: Any) -> Closure | None:
+        """The closure that natgrad steps on; None where it takes part in the ordinary loop."""
+        return None
 
     @abc.abstractmethod
     def judge(self, twin: nn.Module) -> dict[str, float]:
@@ -253,6 +261,10 @@ class ResidualProblem(Task):
     def loss(self, model: nn.Module, loss_fn: nn.Module | None, batch: Any) -> Tensor:
         """½ Σ_b mean r_b², which is natgrad's, too."""
         return sum_of_squares(self.residuals(model, batch))
+
+    def residuals_of(self, model: nn.Module, batch: Any) -> Closure:
+        """The residuals."""
+        return functools.partial(self.residuals, model, batch)
 
     def judge(self, twin: nn.Module) -> dict[str, float]:
         """The relative error; the loss on points of one more draw."""

@@ -9,7 +9,6 @@ first seed, natgrad may not.
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import time
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from natgrad.errors import ConfigError, NatgradError, NonFiniteError, NotPositiv
 from natgrad.lab.live import SILENT, View
 from natgrad.lab.peers import Entrant, neighbour, share_of_rate, unavailable
 from natgrad.lab.plan import Budget, Leg
-from natgrad.lab.problem import ResidualProblem, Task
+from natgrad.lab.problem import Problem, Task
 from natgrad.lab.runs import Record, RunFolder, read_race, write_json
 
 _CHECKPOINT_EVERY = 15.0  # seconds of wall time
@@ -56,7 +55,7 @@ class Race:
 
     def __post_init__(self) -> None:
         examples = self.problem.examples
-        if self.batch_size is not None and isinstance(self.problem, ResidualProblem):
+        if self.batch_size is not None and not isinstance(self.problem, Problem):
             raise ConfigError(f"{self.problem.name!r} takes all its residuals in each step: no batch size")
         if not 1 <= self.examples_a_step <= examples:
             raise ConfigError(
@@ -277,8 +276,8 @@ def _step(
     batch: Any,
 ) -> float:
     """One step, as the optimiser wants to be called; the loss before it."""
-    if entrant.ours and isinstance(problem, ResidualProblem):
-        residuals: Any = functools.partial(problem.residuals, model, batch)
+    residuals: Any = problem.residuals_of(model, batch) if entrant.ours else None
+    if residuals is not None:
         return float(optimizer.step(residuals))
 
     def closure() -> torch.Tensor:
@@ -296,7 +295,7 @@ def _step(
 
 def _shown(problem: Task, state: Record, loss: float) -> float:
     """What the live view shows between evaluations: the batch's excess, or the last error."""
-    return state["excess"] if isinstance(problem, ResidualProblem) else loss - problem.floor
+    return loss - problem.floor if isinstance(problem, Problem) else state["excess"]
 
 
 def _prepared(
