@@ -9,7 +9,8 @@ from torch.testing import assert_close
 import natgrad.operators.gram as module
 from natgrad import ConfigError, NotPositiveDefiniteError
 from natgrad.linalg import Stage
-from natgrad.operators import Gram
+from natgrad.operators import FactoredRows, Gram
+from natgrad.operators.layerrows import BatchRows
 from oracle.operators import DTYPE, generator, random_rows
 
 
@@ -118,3 +119,29 @@ def test_an_order_is_the_same_from_either_side() -> None:
     found = Gram(rows).dual_solve(target, damping, 2.0)
     weights = 1 / (S**2 * (1 + (damping / S**2) ** 2))
     assert_close(rows.space.flatten(found), ((J.T @ target) @ right.T * weights) @ right)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["JJᵀ", "JᵀJ"])
+def test_an_undamped_solution_says_what_it_left_out(many: bool) -> None:
+    """A singular value of 1e-10 is J's own, and rounding's in either matrix."""
+    rows, J = random_rows(0, 2, 3, 40) if many else random_rows(0, 3, 3, 3)
+    operator = Gram(rows)
+    full = min(J.shape)
+    assert operator.effective_rank(0.0) == full
+    assert operator.stage(0.0) is Stage.CHOLESKY
+    left, S, right = torch.linalg.svd(J, full_matrices=False)
+    S[-1] = 1e-10 * S[0]
+    spoilt = (left * S) @ right
+    space = rows.space
+    rest = space.unflatten_rows(spoilt)
+    lacking = Gram(FactoredRows(space, (BatchRows(1, len(J), (), {n: v[None] for n, v in rest.items()}),)))
+    assert lacking.effective_rank(0.0) == full - 1
+    assert lacking.stage(0.0) is Stage.TRUNCATED
+    assert lacking.stage(1.0) is Stage.CHOLESKY
+    assert lacking.condition < 1e8
+
+
+def test_what_was_removed_is_not_left_out() -> None:
+    rows, J = random_rows(0, 3, 3, 3)
+    columns = torch.full((len(J), 1), len(J) ** -0.5, dtype=DTYPE)
+    assert Gram(rows.without(columns)).stage(0.0) is Stage.CHOLESKY

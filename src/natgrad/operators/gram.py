@@ -134,9 +134,29 @@ class Gram(RowOperator):
         vectors = self._eigen[1]
         return self.rows.rmatmul(((targets @ vectors) * weights) @ vectors.mT)
 
+    def effective_rank(self, damping: float) -> int | None:
+        """How many singular values of J are above √λ and above √ε S₁, below which JJᵀ and JᵀJ have rounding.
+
+        None after a Cholesky factorisation, which does not tell.
+        """
+        if damping > 0:
+            return None
+        return int(self._known(self._squares).sum())
+
+    def stage(self, damping: float) -> Stage:
+        """Which stage of the fallback a solution took; without damping, whether directions were left out of it.
+
+        Those that JJᵀ can't tell from rounding may still be J's own: `Rectangular` knows them down to ε S₁.
+        """
+        if damping > 0:
+            return self.cholesky(damping)[1]
+        gone = 0 if self.rows.removed is None or self._primal is not None else self.rows.removed.shape[1]
+        known = int(self._known(self._squares).sum())
+        return Stage.CHOLESKY if known >= len(self._squares) - gone else Stage.TRUNCATED
+
     @property
     def condition(self) -> float:
-        """The largest singular value of J over the least; of a Cholesky factor, a lower bound."""
+        """The largest singular value of J over the least that is not rounding; of a Cholesky factor, a lower bound."""
         for lower, _ in (self._factors if self._primal is None else self._primal._factors).values():
             diagonal = lower.diagonal()
             return float(diagonal.max() / diagonal.min())
