@@ -22,7 +22,7 @@ from natgrad.likelihoods import HeteroscedasticGaussian, Likelihood
 from natgrad.likelihoods.base import bare
 from natgrad.tape import Batch, Tape
 from natgrad.tape.outputs import count_examples, find_outputs
-from natgrad.tape.tape import Call
+from natgrad.tape.tape import Call, Recording
 
 Outputs = tuple[Tensor, ...]
 
@@ -35,7 +35,7 @@ class _Forward:
     kwargs: dict[str, Any]
     rng_state: Tensor
     returned: Any = None
-    calls: list[list[Call]] | None = None
+    recordings: list[Recording] | None = None
 
 
 class Watcher:
@@ -139,7 +139,7 @@ class Watcher:
             return
         self._forward.returned = returned
         if recorded:
-            self._forward.calls = [tape.take() for tape in self._tapes]
+            self._forward.recordings = [tape.take() for tape in self._tapes]
         if not self.knows_loss:
             self._shape = _same
             outputs = self.find_outputs(returned)
@@ -209,18 +209,20 @@ class Watcher:
         shape: Callable[[Outputs], Outputs],
     ) -> None:
         self._shape = shape
-        if forward.calls is not None:
-            self._unbatched = any(_unbatched(forward, call) for calls in forward.calls for call in calls)
+        if forward.recordings is not None:
+            self._unbatched = any(
+                _unbatched(forward, call) for recording in forward.recordings for call in recording.calls
+            )
         examples = 1 if self._unbatched else count_examples(forward.args, forward.kwargs, outputs)
         self.batches.append(Batch(forward.args, forward.kwargs, targets, examples))
         self.rng_states.append(forward.rng_state)
         if value is not None:
             self.losses.append(value)
         finite = value is None or bool(torch.isfinite(value))
-        if forward.calls is None or not finite or not self._due():
+        if forward.recordings is None or not finite or not self._due():
             return  # a batch that is not finite must not enter an average
-        for tape, calls in zip(self._tapes, forward.calls, strict=True):
-            tape.put(calls)
+        for tape, recording in zip(self._tapes, forward.recordings, strict=True):
+            tape.put(recording)
         try:
             self._observed(outputs, targets, examples)
         finally:
