@@ -119,6 +119,7 @@ class Plumbing(torch.optim.Optimizer):
             self._curvature.tapes,
             self._curvature.due,
             self._curvature.observe,
+            self._curvature.begins,
         )
 
     def _check_trust_region(self, fallback: object) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from natgrad.errors import OutputError
 from natgrad.likelihoods import HeteroscedasticGaussian, Likelihood
@@ -49,6 +50,7 @@ class Watcher:
         tapes: those that record when `due` says so.
         due: whether the present step's batch should be observed.
         observed: called with the outputs and the targets when curvature can be taken.
+        begins: called when a backward pass begins; whether it is the first of a step.
 
     Attributes:
         batches: the micro-batches since the last `clear` whose backward pass has begun.
@@ -66,6 +68,7 @@ class Watcher:
         tapes: list[Tape],
         due: Callable[[], bool],
         observed: Callable[[Outputs, Any, int], None],
+        begins: Callable[[], bool],
     ) -> None:
         self.likelihood = likelihood
         self.batches: list[Batch] = []
@@ -74,6 +77,7 @@ class Watcher:
         self.user_outputs = find_outputs
         self._shape: Callable[[Outputs], Outputs] = _same
         self._tapes, self._due, self._observed = tapes, due, observed
+        self._begins, self._backward = begins, -1
         self._forward: _Forward | None = None
         self._open: ExitStack | None = None
         self._unbatched = False
@@ -122,6 +126,8 @@ class Watcher:
     def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._ignoring():
             return
+        if _autocasting(args):  # products run the model without
+            args, kwargs = tree_map(_full, (args, kwargs))
         self._forward = _Forward(args, kwargs, torch.get_rng_state())
         if self._due():
             self._close()
@@ -209,6 +215,10 @@ class Watcher:
         shape: Callable[[Outputs], Outputs],
     ) -> None:
         self._shape = shape
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward and self._begins():
+            self.clear()  # what a GradScaler skipped, and `model.zero_grad()` dropped
+        self._backward = backward
         if forward.calls is not None:
             self._unbatched = any(_unbatched(forward, call) for calls in forward.calls for call in calls)
         examples = 1 if self._unbatched else count_examples(forward.args, forward.kwargs, outputs)
@@ -231,6 +241,18 @@ class Watcher:
 def _transforming() -> bool:
     """Whether a transform of torch.func is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _autocasting(args: tuple[Any, ...]) -> bool:
+    """Whether the model is called under autocast."""
+    kinds = {value.device.type for value in args if isinstance(value, Tensor)} or {"cpu"}
+    return any(torch.is_autocast_enabled(kind) for kind in kinds)
+
+
+def _full(value: Any) -> Any:
+    """A tensor of a half type in float32; anything else as it is."""
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
 
 
 def _unbatched(forward: _Forward, call: Call) -> bool:

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.tape.columns import LayerColumns, send_back
 from natgrad.tape.finite import require_finite
+from natgrad.tape.loudness import loudness, unscaled
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.rules import RULES, Geometry, Use
 from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, transforms, unwrapped
@@ -32,6 +34,7 @@ class Call:
     edge: GradientEdge
     has_bias: bool
     nbytes: int = 0  # of its result, and so of its signals
+    half: bool = False  # whether these have few exponents, as float16
 
 
 class _Listener(TorchFunctionMode):
@@ -135,17 +138,23 @@ class Tape:
         live = [z for z in outputs if z.requires_grad]
         if not calls or not live:
             return []
+        sent = [[s for z, s in zip(outputs, one, strict=True) if z.requires_grad] for one in signals]
+        scale = self.loudness(sent)
         found = send_back(
             live,
             [call.edge for call in calls],
-            [[s for z, s in zip(outputs, one, strict=True) if z.requires_grad] for one in signals],
+            sent if scale == 1.0 else [[s * scale for s in one] for one in sent],
             sum(call.nbytes for call in calls),
         )
         return [
-            (call, tuple(g.detach() for g in back if g is not None))
+            (call, tuple(unscaled(g.detach(), scale) for g in back if g is not None))
             for call, back in zip(calls, zip(*found, strict=True), strict=True)
             if back[0] is not None
         ]
+
+    def loudness(self, signals: Sequence[Sequence[Tensor]]) -> float:
+        """What signals are to be multiplied with on their way through the recorded pass; 1 except through float16."""
+        return loudness(signals) if any(call.half for call in self._calls) else 1.0
 
     @property
     def column_bytes(self) -> int:
@@ -232,6 +241,7 @@ class Tape:
                     edge,
                     bias is not None and bias == known.bias,
                     result.numel() * result.element_size(),
+                    result.dtype == torch.float16,
                 )
             )
 
