@@ -87,6 +87,17 @@ class Membership:
         }
         self._shapes = {name: m.parameter.shape for name, m in self.members.items()}
 
+    def described(self) -> list[dict[str, Any]]:
+        """The groups as a constructor takes them: their parameters, metrics and decay; further options are state."""
+        return [
+            {
+                "params": list(group["params"]),
+                "metric": metric,
+                "weight_decay": L2(group["l2"]) if group["l2"] else group["weight_decay"],
+            }
+            for group, metric in zip(self.groups, self.metrics, strict=True)
+        ]
+
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name → parameter."""
