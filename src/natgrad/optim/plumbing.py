@@ -39,6 +39,7 @@ from natgrad.steps import (
     step_size_from,
 )
 from natgrad.steps.penalty import L2
+from natgrad.tape.plain import original
 
 Vector = dict[str, Tensor]
 
@@ -99,8 +100,8 @@ class Plumbing(torch.optim.Optimizer):
             )
         self.damping = self.damping_rule.initial
         self.info = StepInfo()
-        self.model = model
-        self._members = Membership(model, params, metric, weight_decay)
+        self.model = original(model)
+        self._members = Membership(self.model, params, metric, weight_decay)
         self._on_nonfinite = on_nonfinite
         self._step, self._skipped, self._batch = 0, 0, 0
         self._witness: Witness | None = None

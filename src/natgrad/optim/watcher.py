@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_map
 from natgrad.errors import OutputError
 from natgrad.likelihoods import HeteroscedasticGaussian, Likelihood
 from natgrad.likelihoods.base import bare
-from natgrad.tape import Batch, Tape
+from natgrad.tape import Batch, Tape, evaluate
 from natgrad.tape.outputs import count_examples, find_outputs
+from natgrad.tape.plain import original, plain_pass, within_compiled
 from natgrad.tape.tape import Call
 
 Outputs = tuple[Tensor, ...]
@@ -37,13 +38,14 @@ class _Forward:
     rng_state: Tensor
     returned: Any = None
     calls: list[list[Call]] | None = None
+    compiled: bool = False
 
 
 class Watcher:
     """Notes the batches of a step, and opens the tapes when curvature is due.
 
     Args:
-        model: the model, whose forward pass is watched.
+        model: the model, whose forward pass is watched; compiled or not.
         loss: the torch loss module whose calls are watched, or None when only a likelihood is known.
         likelihood: the likelihood that the loss maps to.
         find_outputs: what the likelihood reads of what the model returns; found by itself if None.
@@ -70,7 +72,7 @@ class Watcher:
         observed: Callable[[Outputs, Any, int], None],
         begins: Callable[[], bool],
     ) -> None:
-        self.likelihood = likelihood
+        self.likelihood, self._model = likelihood, original(model)
         self.batches: list[Batch] = []
         self.losses: list[Tensor] = []
         self.rng_states: list[Tensor] = []
@@ -129,11 +131,25 @@ class Watcher:
         if _autocasting(args):  # products run the model without
             args, kwargs = tree_map(_full, (args, kwargs))
         self._forward = _Forward(args, kwargs, torch.get_rng_state())
-        if self._due():
-            self._close()
-            self._open = ExitStack()
-            for tape in self._tapes:
-                self._open.enter_context(tape.recording())
+        self._close()
+        if self._due() and self._tapes:
+            self._forward.compiled = within_compiled()
+            if not self._forward.compiled:
+                self._open = self._recording()
+
+    def _recording(self) -> ExitStack:
+        recording = ExitStack()
+        recording.enter_context(plain_pass())
+        for tape in self._tapes:
+            recording.enter_context(tape.recording())
+        return recording
+
+    def _pass_again(self, forward: _Forward) -> tuple[Outputs, list[list[Call]]]:
+        """The outputs of a plain pass, recorded: the one that the user made was compiled."""
+        batch = Batch(forward.args, forward.kwargs, None, 1)
+        with self.paused(), torch.enable_grad(), self._recording():
+            outputs = evaluate(self._model, {}, batch, self.find_outputs, forward.rng_state)
+        return outputs, [tape.take() for tape in self._tapes]
 
     def _after_model(self, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         recorded = self._open is not None
@@ -215,6 +231,8 @@ class Watcher:
         shape: Callable[[Outputs], Outputs],
     ) -> None:
         self._shape = shape
+        if forward.compiled and forward.calls is None and self._due():
+            outputs, forward.calls = self._pass_again(forward)
         backward = torch._C._current_graph_task_id()
         if backward != self._backward and self._begins():
             self.clear()  # what a GradScaler skipped, and `model.zero_grad()` dropped
@@ -297,6 +315,7 @@ class _Hook:
     def __init__(self, watcher: Watcher, method: Callable[..., None]) -> None:
         self._watcher, self._method = weakref.ref(watcher), method
 
+    @torch._disable_dynamo
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *result: Any
     ) -> None:
