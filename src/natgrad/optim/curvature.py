@@ -61,6 +61,13 @@ class Curvature:
         """Begins the observations of a step."""
         self._step, self.observed, self._due_now, self.trouble = step, False, None, None
 
+    def begins(self) -> bool:
+        """Whether no parameter has a gradient, so that a step begins: no batch before this one is a part of it."""
+        if any(member.parameter.grad is not None for member in self._members.members.values()):
+            return False
+        self.restart(self._step)
+        return True
+
     def observe(self, outputs: tuple[Tensor, ...], targets: Any, examples: int) -> None:
         """Sends signals back from the outputs and lets every estimate that is due read them.
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from natgrad.tape.columns import LayerColumns, send_back
 from natgrad.tape.elements import ElementColumns
 from natgrad.tape.finite import require_finite
+from natgrad.tape.loudness import loudness, unscaled
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.rules import RULES, Geometry, Use
 from natgrad.tape.tracking import Terminal, Tracker, UnexplainedError
@@ -34,6 +36,7 @@ class Call:
     edge: GradientEdge
     has_bias: bool
     nbytes: int = 0  # of its result, and so of its signals
+    half: bool = False  # whether these have few exponents, as float16
 
 
 @dataclass(frozen=True)
@@ -205,12 +208,19 @@ class Tape:
         live = [z for z in outputs if z.requires_grad]
         if not edges or not live:
             return [None] * len(edges)
-        sets = [[s for z, s in zip(outputs, one, strict=True) if z.requires_grad] for one in signals]
-        found = send_back(live, edges, sets, nbytes)
+        sent = [[s for z, s in zip(outputs, one, strict=True) if z.requires_grad] for one in signals]
+        scale = self.loudness(sent)
+        if scale != 1.0:
+            sent = [[s * scale for s in one] for one in sent]
+        found = send_back(live, edges, sent, nbytes)
         return [
-            None if back[0] is None else tuple(g.detach() for g in back if g is not None)
+            None if back[0] is None else tuple(unscaled(g.detach(), scale) for g in back if g is not None)
             for back in zip(*found, strict=True)
         ]
+
+    def loudness(self, signals: Sequence[Sequence[Tensor]]) -> float:
+        """What signals are to be multiplied with on their way through the recorded pass; 1 except through float16."""
+        return loudness(signals) if any(call.half for call in self._calls) else 1.0
 
     @property
     def column_bytes(self) -> int:
@@ -311,6 +321,7 @@ class Tape:
                     edge,
                     bias is not None and bias == known.bias,
                     result.numel() * result.element_size(),
+                    result.dtype == torch.float16,
                 )
             )
 
