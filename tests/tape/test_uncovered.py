@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from natgrad.tape import Tape
 from natgrad.tape.passes import SignalPass
