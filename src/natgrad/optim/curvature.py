@@ -62,6 +62,13 @@ class Curvature:
         """Begins the observations of a step."""
         self._step, self.observed, self._due_now, self.trouble = step, False, None, None
 
+    def begins(self) -> bool:
+        """Whether no parameter has a gradient, so that a step begins: no batch before this one is a part of it."""
+        if any(member.parameter.grad is not None for member in self._members.members.values()):
+            return False
+        self.restart(self._step)
+        return True
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Opens the tapes for a forward pass with its graph, if this step's batch is wanted."""

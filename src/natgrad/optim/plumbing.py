@@ -39,6 +39,7 @@ from natgrad.steps import (
     step_size_from,
 )
 from natgrad.steps.penalty import L2
+from natgrad.tape.plain import original
 
 Vector = dict[str, Tensor]
 
@@ -70,6 +71,18 @@ class Plumbing(torch.optim.Optimizer):
         on_nonfinite: Literal["raise", "skip"] = "raise",
         seed: int = 0,
     ) -> None:
+        self._recipe = {
+            "model": model,
+            "likelihood": likelihood,
+            "metric": metric,
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "fallback": fallback,
+            "outputs": outputs,
+            "on_nonfinite": on_nonfinite,
+            "seed": seed,
+        }
         if on_nonfinite not in ("raise", "skip"):
             raise ConfigError(f"on_nonfinite must be 'raise' or 'skip', not {on_nonfinite!r}")
         self.likelihood = Residuals() if likelihood is None else likelihood_from(likelihood)
@@ -87,8 +100,8 @@ class Plumbing(torch.optim.Optimizer):
             )
         self.damping = self.damping_rule.initial
         self.info = StepInfo()
-        self.model = model
-        self._members = Membership(model, params, metric, weight_decay)
+        self.model = original(model)
+        self._members = Membership(self.model, params, metric, weight_decay)
         self._on_nonfinite = on_nonfinite
         self._step, self._skipped, self._batch = 0, 0, 0
         self._witness: Witness | None = None
@@ -119,6 +132,7 @@ class Plumbing(torch.optim.Optimizer):
             self._curvature.tapes,
             self._curvature.due,
             self._curvature.observe,
+            self._curvature.begins,
         )
 
     def _check_trust_region(self, fallback: object) -> None:
@@ -151,6 +165,18 @@ class Plumbing(torch.optim.Optimizer):
             StateError: the state belongs to another model, other groups or another version.
         """
         load_state(self, state_dict, super().load_state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is built from, by `copy.deepcopy` or pickle: model and loss go with it, as `optimizer.model`."""
+        return {"recipe": self._recipe, "groups": self._members.described(), "state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Builds the copy, or takes over what torch read of a state dict."""
+        if "recipe" not in state:
+            super().__setstate__(state)
+            return
+        self.__init__(params=state["groups"], **state["recipe"])  # type: ignore[misc]
+        self.load_state_dict(state["state"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only while the optimiser is being built: curvature is kept for a fixed set of parameters.

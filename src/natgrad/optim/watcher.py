@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from natgrad.errors import OutputError
 from natgrad.likelihoods import HeteroscedasticGaussian, Likelihood
 from natgrad.likelihoods.base import bare
-from natgrad.tape import Batch, Tape
+from natgrad.tape import Batch, Tape, evaluate
 from natgrad.tape.outputs import count_examples, find_outputs
-from natgrad.tape.tape import Call
+from natgrad.tape.plain import original, plain_pass, within_compiled
+from natgrad.tape.tape import Call, Recording
 
 Outputs = tuple[Tensor, ...]
 
@@ -35,20 +37,22 @@ class _Forward:
     kwargs: dict[str, Any]
     rng_state: Tensor
     returned: Any = None
-    calls: list[list[Call]] | None = None
+    recordings: list[Recording] | None = None
+    compiled: bool = False
 
 
 class Watcher:
     """Notes the batches of a step, and opens the tapes when curvature is due.
 
     Args:
-        model: the model, whose forward pass is watched.
+        model: the model, whose forward pass is watched; compiled or not.
         loss: the torch loss module whose calls are watched, or None when only a likelihood is known.
         likelihood: the likelihood that the loss maps to.
         find_outputs: what the likelihood reads of what the model returns; found by itself if None.
         tapes: those that record when `due` says so.
         due: whether the present step's batch should be observed.
         observed: called with the outputs and the targets when curvature can be taken.
+        begins: called when a backward pass begins; whether it is the first of a step.
 
     Attributes:
         batches: the micro-batches since the last `clear` whose backward pass has begun.
@@ -66,14 +70,16 @@ class Watcher:
         tapes: list[Tape],
         due: Callable[[], bool],
         observed: Callable[[Outputs, Any, int], None],
+        begins: Callable[[], bool],
     ) -> None:
-        self.likelihood = likelihood
+        self.likelihood, self._model = likelihood, original(model)
         self.batches: list[Batch] = []
         self.losses: list[Tensor] = []
         self.rng_states: list[Tensor] = []
         self.user_outputs = find_outputs
         self._shape: Callable[[Outputs], Outputs] = _same
         self._tapes, self._due, self._observed = tapes, due, observed
+        self._begins, self._backward = begins, -1
         self._forward: _Forward | None = None
         self._open: ExitStack | None = None
         self._unbatched = False
@@ -122,12 +128,28 @@ class Watcher:
     def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._ignoring():
             return
+        if _autocasting(args):  # products run the model without
+            args, kwargs = tree_map(_full, (args, kwargs))
         self._forward = _Forward(args, kwargs, torch.get_rng_state())
-        if self._due():
-            self._close()
-            self._open = ExitStack()
-            for tape in self._tapes:
-                self._open.enter_context(tape.recording())
+        self._close()
+        if self._due() and self._tapes:
+            self._forward.compiled = within_compiled()
+            if not self._forward.compiled:
+                self._open = self._recording()
+
+    def _recording(self) -> ExitStack:
+        recording = ExitStack()
+        recording.enter_context(plain_pass())
+        for tape in self._tapes:
+            recording.enter_context(tape.recording())
+        return recording
+
+    def _pass_again(self, forward: _Forward) -> tuple[Outputs, list[Recording]]:
+        """The outputs of a plain pass, recorded: the one that the user made was compiled."""
+        batch = Batch(forward.args, forward.kwargs, None, 1)
+        with self.paused(), torch.enable_grad(), self._recording():
+            outputs = evaluate(self._model, {}, batch, self.find_outputs, forward.rng_state)
+        return outputs, [tape.take() for tape in self._tapes]
 
     def _after_model(self, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         recorded = self._open is not None
@@ -139,7 +161,7 @@ class Watcher:
             return
         self._forward.returned = returned
         if recorded:
-            self._forward.calls = [tape.take() for tape in self._tapes]
+            self._forward.recordings = [tape.take() for tape in self._tapes]
         if not self.knows_loss:
             self._shape = _same
             outputs = self.find_outputs(returned)
@@ -209,18 +231,26 @@ class Watcher:
         shape: Callable[[Outputs], Outputs],
     ) -> None:
         self._shape = shape
-        if forward.calls is not None:
-            self._unbatched = any(_unbatched(forward, call) for calls in forward.calls for call in calls)
+        if forward.compiled and forward.recordings is None and self._due():
+            outputs, forward.recordings = self._pass_again(forward)
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward and self._begins():
+            self.clear()  # what a GradScaler skipped, and `model.zero_grad()` dropped
+        self._backward = backward
+        if forward.recordings is not None:
+            self._unbatched = any(
+                _unbatched(forward, call) for recording in forward.recordings for call in recording.calls
+            )
         examples = 1 if self._unbatched else count_examples(forward.args, forward.kwargs, outputs)
         self.batches.append(Batch(forward.args, forward.kwargs, targets, examples))
         self.rng_states.append(forward.rng_state)
         if value is not None:
             self.losses.append(value)
         finite = value is None or bool(torch.isfinite(value))
-        if forward.calls is None or not finite or not self._due():
+        if forward.recordings is None or not finite or not self._due():
             return  # a batch that is not finite must not enter an average
-        for tape, calls in zip(self._tapes, forward.calls, strict=True):
-            tape.put(calls)
+        for tape, recording in zip(self._tapes, forward.recordings, strict=True):
+            tape.put(recording)
         try:
             self._observed(outputs, targets, examples)
         finally:
@@ -231,6 +261,18 @@ class Watcher:
 def _transforming() -> bool:
     """Whether a transform of torch.func is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _autocasting(args: tuple[Any, ...]) -> bool:
+    """Whether the model is called under autocast."""
+    kinds = {value.device.type for value in args if isinstance(value, Tensor)} or {"cpu"}
+    return any(torch.is_autocast_enabled(kind) for kind in kinds)
+
+
+def _full(value: Any) -> Any:
+    """A tensor of a half type in float32; anything else as it is."""
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
 
 
 def _unbatched(forward: _Forward, call: Call) -> bool:
@@ -275,6 +317,7 @@ class _Hook:
     def __init__(self, watcher: Watcher, method: Callable[..., None]) -> None:
         self._watcher, self._method = weakref.ref(watcher), method
 
+    @torch._disable_dynamo
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *result: Any
     ) -> None:
