@@ -68,6 +68,15 @@ class Curvature:
         self.restart(self._step)
         return True
 
+    def wants(self, gradient: Mapping[str, Tensor]) -> bool:
+        """Whether this step's batch is to be observed for parameters with these gradients."""
+        return self.due() and any(
+            estimate.kind is not None
+            and estimate.due(self._step)
+            and any(n in gradient for n in estimate.parameters)
+            for _, estimate, _ in self.estimates
+        )
+
     def observe(self, outputs: tuple[Tensor, ...], targets: Any, examples: int) -> None:
         """Sends signals back from the outputs and lets every estimate that is due read them.
 
