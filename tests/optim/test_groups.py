@@ -290,12 +290,24 @@ def test_l2_is_measured_by_rho() -> None:
 # ---- coverage ------------------------------------------------------------------------------------------------
 
 
-class Normed(nn.Module):
+class Einsum(nn.Module):
+    """Scale and shift by a function for which there is no rule."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = torch.einsum("nd,d->nd", x, self.weight)
+        return scaled + torch.einsum("nd,d->nd", torch.ones_like(x), self.bias)
+
+
+class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.first, self.norm, self.last = nn.Linear(2, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+            self.first, self.norm, self.last = nn.Linear(2, 5), Einsum(5), nn.Linear(5, 3)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -303,14 +315,14 @@ class Normed(nn.Module):
 
 
 def test_what_no_rule_covers_is_announced_once_and_listed() -> None:
-    run = Run.of("kfac", "adaptive", Normed())
+    run = Run.of("kfac", "adaptive", Scaled())
     with pytest.warns(CoverageWarning, match=r"norm\.weight, norm\.bias") as caught:
         run.step(batches(1)[0])
     assert caught[0].filename.endswith("runs.py")  # where step() was called
     run.train(batches(3))  # no second warning, which would be an error
     coverage = run.optimizer.coverage()
     assert coverage.uncovered == ("norm.weight", "norm.bias")
-    assert "layer_norm" in str(coverage)
+    assert "einsum" in str(coverage)
     assert len(coverage) == 6
     rows = {row.name: row for row in coverage}
     assert rows["first.weight"].factors == (3, 5)
@@ -321,7 +333,7 @@ def test_what_no_rule_covers_is_announced_once_and_listed() -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("metric", ["kfac", "diagonal"])
 def test_by_default_they_follow_the_plain_gradient(metric: str, mode: str) -> None:
-    run = Run.of(metric, mode, Normed(), momentum=0.0)
+    run = Run.of(metric, mode, Scaled(), momentum=0.0)
     before = run.model.norm.weight.detach().clone()
     run.train(batches(1))
     step, g = run.model.norm.weight.detach() - before, run.model.norm.weight.grad
@@ -331,7 +343,7 @@ def test_by_default_they_follow_the_plain_gradient(metric: str, mode: str) -> No
 
 @pytest.mark.parametrize("mode", MODES)
 def test_or_an_optimiser_of_the_users(mode: str) -> None:
-    run = Run.of("kfac", mode, Normed(), fallback=lambda params: torch.optim.SGD(params, lr=0.25))
+    run = Run.of("kfac", mode, Scaled(), fallback=lambda params: torch.optim.SGD(params, lr=0.25))
     before = run.model.norm.weight.detach().clone()
     with pytest.warns(CoverageWarning, match="optimiser of yours"):
         run.step(batches(1)[0])
@@ -352,7 +364,7 @@ def test_a_model_of_which_nothing_is_covered_is_trained_all_the_same(
             self.w = nn.Parameter(torch.zeros(2, 3, dtype=DTYPE))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x @ self.w
+            return torch.einsum("ni,io->no", x, self.w)
 
     run = Run.of(metric, mode, Bare(), fallback=fallback)
     run.train(batches(3))
@@ -360,7 +372,7 @@ def test_a_model_of_which_nothing_is_covered_is_trained_all_the_same(
 
 
 def test_the_exact_metric_covers_everything() -> None:
-    run = Run.of("dense", "adaptive", Normed())
+    run = Run.of("dense", "adaptive", Scaled())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run.train(batches(3))
@@ -378,18 +390,36 @@ class Tied(nn.Module):
         return nn.functional.linear(self.table((x[:, 0] > 0).long()), self.table.weight)
 
 
+class Both(nn.Module):
+    """A linear map and a scale with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 3, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x * self.linear.weight[0])
+
+
+@pytest.mark.parametrize("metric", ["kfac", "ekfac", "diagonal"])
+def test_a_tied_embedding_is_covered(metric: str) -> None:
+    run = Run.of(metric, "adaptive", Tied())
+    run.train(batches(4))  # a warning would be an error
+    assert not run.optimizer.coverage().uncovered
+
+
 def test_curvature_that_lacks_a_use_is_announced() -> None:
-    run = Run.of("kfac", "adaptive", Tied())
-    with pytest.warns(CoverageWarning, match=r"the curvature of table\.weight lacks"):
+    run = Run.of("kfac", "adaptive", Both())
+    with pytest.warns(CoverageWarning, match=r"the curvature of linear\.weight lacks"):
         run.step(batches(1)[0])
     (row,) = run.optimizer.coverage()
-    assert (row.rule, row.reason) == ("linear", "embedding")
+    assert (row.rule, row.reason) == ("linear", "mul beside a linear map")
 
 
 @pytest.mark.filterwarnings("ignore::natgrad.CoverageWarning")
 @pytest.mark.parametrize("fallback", [None, lambda params: torch.optim.SGD(params, lr=0.1)])
 def test_a_parameter_that_joins_the_graph_late_is_trained(fallback: Any) -> None:
-    class Late(Normed):
+    class Late(Scaled):
         late = False
 
         def __init__(self) -> None:

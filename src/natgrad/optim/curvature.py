@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +77,35 @@ class Curvature:
             and any(n in gradient for n in estimate.parameters)
             for _, estimate, _ in self.estimates
         )
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Opens the tapes for a forward pass with its graph, if this step's batch is wanted."""
+        with ExitStack() as stack:
+            if self.due():
+                for tape in self.tapes:
+                    stack.enter_context(tape.recording())
+            stack.enter_context(torch.enable_grad())
+            yield
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around the observations of what the tapes hold, which is dropped after them.
+
+        Raises:
+            NonFiniteError: a signal was not finite.
+        """
+        try:
+            yield
+            self.require_finite()
+        finally:
+            for tape in self.tapes:
+                tape.clear()
+
+    def require_finite(self) -> None:
+        """Raises NonFiniteError where a batch of the present step could not be observed."""
+        if self.trouble is not None:
+            raise NonFiniteError(self.trouble)
 
     def observe(self, outputs: tuple[Tensor, ...], targets: Any, examples: int) -> None:
         """Sends signals back from the outputs and lets every estimate that is due read them.

@@ -16,7 +16,16 @@ from natgrad.likelihoods import Residuals
 from natgrad.operators import ParameterSpace
 from natgrad.optim.linearised import Linearised
 from natgrad.optim.plumbing import Plumbing
-from natgrad.steps import SPRING, AdaptiveSPRING, CurvedSearch, Decision, NoiseFloor, step_for
+from natgrad.steps import (
+    SPRING,
+    AdaptiveSPRING,
+    CurvedSearch,
+    Decision,
+    NoiseFloor,
+    half_square,
+    predicted_change,
+    step_for,
+)
 
 
 class LeastSquaresSteps(Plumbing):
@@ -30,10 +39,7 @@ class LeastSquaresSteps(Plumbing):
                 "it the loss"
             )
         assert isinstance(self.likelihood, Residuals)
-        self._members.check_unchanged()
-        self._seconds = {}
-        self._curvature.restart(self._step)
-        self._batch += 1
+        self._begin()
         try:
             with self._timed("evaluate"), self._watcher.paused():
                 problem = Linearised(
@@ -59,7 +65,8 @@ class LeastSquaresSteps(Plumbing):
         if decision.update is not None:
             self._require_finite_update(decision.update)
             problem.move(decision.update)
-        self._remember(problem.space, decision.direction)
+        if decision.direction is not None:
+            self._remember(problem.space, decision.direction)
         self._curvature.fall_back()
         self.damping = decision.following
         self._finish(record)
@@ -83,14 +90,11 @@ class LeastSquaresSteps(Plumbing):
         decision = spring.decide(problem, damping, previous, self._step)
         if not (rule.due(self._step + 1) and problem.movable and decision.update is not None):
             return decision
-        image, after = problem.image(decision.update), problem.at(decision.update)
-        loss = math.inf if after is None else 0.5 * float(after.square().sum())
-        predicted = float(problem.residuals @ image) + 0.5 * float(image @ image)
+        loss = half_square(problem.at(decision.update))
+        predicted = predicted_change(problem.residuals, problem.image(decision.update))
         ratio = (loss - problem.loss) / predicted if predicted < 0 else math.nan
         following = rule.update(damping, ratio)
-        return dataclasses.replace(
-            decision, following=following, loss=loss, predicted=predicted, evaluations=1
-        )
+        return dataclasses.replace(decision, following=following, loss=loss, predicted=predicted)
 
     def _require_finite_update(self, update: Tensor) -> None:
         if not bool(torch.isfinite(update.sum())):

@@ -200,6 +200,13 @@ class Plumbing(torch.optim.Optimizer):
     _built = False
     _inside_closure = False
 
+    def _begin(self) -> None:
+        """Begins a step that brings its own batch."""
+        self._members.check_unchanged()
+        self._seconds = {}
+        self._curvature.restart(self._step)
+        self._batch += 1
+
     def _evaluate(self, closure: Callable[[], Tensor | float] | None) -> Tensor | float | None:
         if closure is None:
             return None

@@ -9,7 +9,7 @@ back at that moment, while the graph is whole.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from natgrad.optim.hooks import Hook
 from natgrad.tape import Batch, Tape, evaluate
 from natgrad.tape.outputs import count_examples, find_outputs
 from natgrad.tape.plain import original, plain_pass, within_compiled
-from natgrad.tape.tape import Call
+from natgrad.tape.tape import Call, Recording
 from natgrad.tape.unheard import leaves_of
 
 Outputs = tuple[Tensor, ...]
@@ -39,7 +39,7 @@ class _Forward:
     kwargs: dict[str, Any]
     rng_state: Tensor
     returned: Any = None
-    calls: list[list[Call]] | None = None
+    recordings: list[Recording] | None = None
     compiled: bool = False
 
 
@@ -178,7 +178,7 @@ class Watcher:
             recording.enter_context(tape.recording())
         return recording
 
-    def _pass_again(self, forward: _Forward) -> tuple[Outputs, list[list[Call]]]:
+    def _pass_again(self, forward: _Forward) -> tuple[Outputs, list[Recording]]:
         """The outputs of a plain pass, recorded: the one that the user made was compiled."""
         batch = Batch(forward.args, forward.kwargs, None, 1)
         with self.paused(), torch.enable_grad(), self._recording():
@@ -195,7 +195,7 @@ class Watcher:
             return
         self._forward.returned = returned
         if recorded:
-            self._forward.calls = [tape.take() for tape in self._tapes]
+            self._forward.recordings = [tape.take() for tape in self._tapes]
         if not self.knows_loss:
             self._loss_within(self._forward)
 
@@ -209,7 +209,8 @@ class Watcher:
             targets = self._find_targets(*forward.args, **forward.kwargs)
             with torch.no_grad():
                 value = self.likelihood.loss(bare(outputs), targets)
-        roots = [z for z in outputs if z.requires_grad]
+        # The loss may have gone another way than the outputs that were found: it is among what was returned.
+        roots = [z for z in _tensors((*outputs, forward.returned)) if z.requires_grad]
         self._await_backward(_Answer(forward), roots, outputs, targets, value, _same)
 
     def _close(self) -> None:
@@ -295,24 +296,26 @@ class Watcher:
         shape: Callable[[Outputs], Outputs],
     ) -> None:
         self._shape = shape
-        if forward.compiled and forward.calls is None and self._due():
-            outputs, forward.calls = self._pass_again(forward)
+        if forward.compiled and forward.recordings is None and self._due():
+            outputs, forward.recordings = self._pass_again(forward)
         backward = torch._C._current_graph_task_id()
         if backward != self._backward and self._begins():
             self.clear()  # what a GradScaler skipped, and `model.zero_grad()` dropped
         self._backward = backward
-        if forward.calls is not None:
-            self._unbatched = any(_unbatched(forward, call) for calls in forward.calls for call in calls)
+        if forward.recordings is not None:
+            self._unbatched = any(
+                _unbatched(forward, call) for recording in forward.recordings for call in recording.calls
+            )
         examples = 1 if self._unbatched else count_examples(forward.args, forward.kwargs, outputs)
         self.batches.append(Batch(forward.args, forward.kwargs, targets, examples))
         self.rng_states.append(forward.rng_state)
         if value is not None:
             self.losses.append(value)
         finite = value is None or bool(torch.isfinite(value))
-        if forward.calls is None or not finite or not self._due():
+        if forward.recordings is None or not finite or not self._due():
             return  # a batch that is not finite must not enter an average
-        for tape, calls in zip(self._tapes, forward.calls, strict=True):
-            tape.put(calls)
+        for tape, recording in zip(self._tapes, forward.recordings, strict=True):
+            tape.put(recording)
         try:
             self._observed(outputs, targets, examples)
         finally:
@@ -323,6 +326,14 @@ class Watcher:
 def _transforming() -> bool:
     """Whether a transform of torch.func is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(inner)
 
 
 def _require_examples(outputs: Outputs) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.errors import ConfigError
-from natgrad.steps.problem import Decision, LeastSquares
+from natgrad.steps.problem import Decision, LeastSquares, half_square, predicted_change
 
 # A second derivative along v is taken over this part of v.
 PROBE = 0.1
@@ -77,10 +77,9 @@ class _Trial:
 
     def __init__(self, problem: LeastSquares, order: float, shortest: float) -> None:
         self._problem, self._order, self._shortest = problem, order, shortest
-        self._loss = 0.5 * float(problem.residuals.square().sum())
+        self._loss = half_square(problem.residuals)
         self._lowest, self._length = self._loss, 0.0
         self._update: Tensor | None = None
-        self._evaluations = 0
 
     def along(self, damping: float) -> bool:
         """Searches one λ's curve; whether a step of fair length lowers the loss."""
@@ -89,7 +88,7 @@ class _Trial:
         if not bool(torch.isfinite(v.sum())):
             return False
         a, reach = torch.zeros_like(v), math.inf
-        tip = self._evaluate(PROBE * v)
+        tip = problem.at(PROBE * v)
         if tip is not None:
             second = 2 / PROBE * ((tip - r) / PROBE - problem.image(v))
             a = -problem.solve(second, damping, self._order)
@@ -98,8 +97,7 @@ class _Trial:
         t = 1.0
         while t > self._shortest / 2:
             candidate = t * v + 0.5 * t * t * a if t <= reach else t * v
-            after = self._evaluate(candidate)
-            loss = math.inf if after is None else 0.5 * float(after.square().sum())
+            loss = half_square(problem.at(candidate))
             if loss < lowest:
                 lowest, length, update = loss, t, candidate
             elif update is not None:
@@ -109,23 +107,9 @@ class _Trial:
             self._lowest, self._length, self._update = lowest, length, update
         return length >= self._shortest
 
-    def _evaluate(self, delta: Tensor) -> Tensor | None:
-        self._evaluations += 1
-        return self._problem.at(delta)
-
     def decision(self, damping: float) -> Decision:
         """The best step that was found, or that there is none."""
         if self._update is None:
-            none = torch.zeros_like(self._problem.gradient())
-            return Decision(None, none, 0.0, damping, damping, evaluations=self._evaluations)
-        image = self._problem.image(self._update)
-        return Decision(
-            self._update,
-            self._update,
-            self._length,
-            damping,
-            damping,
-            loss=self._lowest,
-            predicted=float(self._problem.residuals @ image) + 0.5 * float(image @ image),
-            evaluations=self._evaluations,
-        )
+            return Decision(None, 0.0, damping, damping)
+        predicted = predicted_change(self._problem.residuals, self._problem.image(self._update))
+        return Decision(self._update, self._length, damping, damping, loss=self._lowest, predicted=predicted)
