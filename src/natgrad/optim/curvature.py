@@ -71,6 +71,15 @@ class Curvature:
         self.restart(self._step)
         return True
 
+    def wants(self, gradient: Mapping[str, Tensor]) -> bool:
+        """Whether this step's batch is to be observed for parameters with these gradients."""
+        return self.due() and any(
+            estimate.kind is not None
+            and estimate.due(self._step)
+            and any(n in gradient for n in estimate.parameters)
+            for _, estimate, _ in self.estimates
+        )
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Opens the tapes for a forward pass with its graph, if this step's batch is wanted."""

@@ -54,6 +54,8 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             ``lambda params: torch.optim.AdamW(params, lr=1e-3)``; by default they
             have a diagonal of squared gradients, as in Adam.
         outputs: what the likelihood reads of what the model returns, such as ``lambda o: o.logits``.
+        targets: what it compares them with, of what the model is called with, such as ``lambda **batch:
+            batch["labels"]``; for a likelihood, where the loss is computed inside the model.
         on_nonfinite: ``"raise"``, or ``"skip"`` to count such steps and go on.
         seed: of the Monte-Carlo signals.
 
@@ -76,7 +78,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite; nothing was changed.
-            StepError: no gradient, or no batch was seen.
+            StepError: no gradient, no batch was seen, or two losses were sent back through one forward pass.
             ModelChangedError: the model's parameters are not those the optimiser was built with.
         """
         if isinstance(closure, Policy):
@@ -93,8 +95,9 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             norm = norm_of(gradient)
         if not self._finite(loss, norm, gradient):
             return returned
-        if isinstance(self.step_size, AdaptiveStep) or self.damping_rule.due(self._step + 1):
-            require_batch(self._watcher, loss)
+        measured = isinstance(self.step_size, AdaptiveStep) or self.damping_rule.due(self._step + 1)
+        if measured or self._curvature.wants(gradient):
+            require_batch(self._watcher, loss, measured)
         if isinstance(self.step_size, AdaptiveStep) and loss is not None:
             level = loss / self._unit()
             if self._alarm.rings(level) and not self.info.undone and self._is_to_blame():
