@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import NonFiniteError, announce_coverage
+from natgrad.errors import NonFiniteError, announce
 from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import bare
 from natgrad.metrics import Estimate, Euclidean, Metric, Observation
@@ -286,4 +286,4 @@ class Curvature:
         )
         said = [f"no rule covers {', '.join(names)}: they follow {how}"] if names else []
         said += [f"the curvature of {', '.join(partly)} lacks the uses that no rule covers"] if partly else []
-        announce_coverage(f"{'; '.join(said)} (see optimizer.coverage() and fallback=)")
+        announce(f"{'; '.join(said)} (see optimizer.coverage() and fallback=)")
