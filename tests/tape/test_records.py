@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import pytest
@@ -100,6 +101,57 @@ class Detour(nn.Module):
         return self.used(x)
 
 
+class Packed(nn.Module):
+    """Slices of one weight and one bias, on different things."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.w, self.b, self.how = nn.Parameter(torch.randn(9, 3)), nn.Parameter(torch.randn(9)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "chunk":
+            parts = [F.linear(x + k, w, b) for k, (w, b) in enumerate(zip(self.w.chunk(3), self.b.chunk(3)))]
+        elif self.how == "split":
+            (w, *ws), (b, *bs) = self.w.split([2, 3, 4]), self.b.split([2, 3, 4])
+            parts = [F.linear(x, w, b)[:, :1], F.linear(x, ws[0]), F.linear(x.sin(), ws[1], bs[1])]
+        elif self.how == "slice":  # some rows belong to no call, and some to two
+            parts = [F.linear(x, self.w[:5], self.b[:5]), x.sin() @ self.w[2:7].T + x[:, :1]]
+        elif self.how == "one-row":
+            parts = [F.linear(x, self.w[4:5], self.b[4:5]), x @ self.w[3:4].mT, x.cos() @ self.w.t()]
+        else:
+            parts = [x @ self.w.view(27).reshape(9, 3).transpose(0, 1)]
+        return torch.tanh(torch.cat(parts, 1))
+
+
+class Products(nn.Module):
+    """Matrix products; a weight that is stored with its input axis first is a linear map too."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 4))
+        self.down, self.up = nn.Parameter(torch.randn(1, 3)), nn.Parameter(torch.randn(3, 1))
+        self.c, self.how = nn.Parameter(torch.randn(4)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.a, self.b, self.c
+        if self.how == "operator":
+            return torch.tanh(x @ a) @ b.T
+        if self.how == "functions":
+            return torch.mm(torch.tanh(torch.matmul(x, a)), b.t()) + torch.tanh(x.matmul(a)).mm(b.mT)
+        if self.how == "addmm":  # Hugging Face's Conv1D
+            rows = torch.addmm(c, x.view(-1, 3), a).view(*x.shape[:-1], 4)
+            return torch.tanh(rows) @ b.T
+        if self.how == "low-rank":
+            return torch.tanh(x @ self.down.T @ self.up.T) @ a
+        if self.how == "columns":
+            return (b @ torch.tanh(a.T @ x.mT)).mT
+        if self.how == "vector":
+            return torch.mv(b, torch.tanh(x @ a))
+        if self.how == "slices":  # columns of a weight that has its input first
+            return torch.tanh(x @ a[:, 1:3]) + torch.sin(F.linear(x, a.T[2:]))
+        raise AssertionError
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     build: Callable[[], nn.Module]
@@ -139,7 +191,38 @@ def conv(kind: type[nn.Module], options: dict) -> Callable[[], nn.Module]:
     return lambda: kind(4, 8, **({"kernel_size": 3 if kind is nn.Conv1d else (3, 2)} | options))
 
 
+class SlimConvolution(nn.Module):
+    """The first channels of a convolution, and all of them; its kernel as a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.point = nn.Conv1d(2, 4, 2), nn.Conv1d(2, 3, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slim = F.conv1d(x, self.conv.weight[1:3], self.conv.bias[1:3])
+        mixed = F.linear(x.mT, self.point.weight.squeeze(-1)) + self.point(x).mT
+        return torch.cat([torch.tanh(part).flatten(1) for part in (slim, self.conv(x), mixed)], 1)
+
+
+PACKED = ("chunk", "split", "slice", "one-row", "view")
+PRODUCTS = {
+    "operator": (5, 3),
+    "functions": (5, 3),
+    "addmm": (5, 2, 3),
+    "low-rank": (5, 2, 3),
+    "columns": (5, 3),
+    "columns-of-tokens": (5, 2, 3),
+    "slices": (5, 3),
+    "vector": (3,),
+}
+
 CASES = {
+    **{f"packed-{how}": Case(lambda how=how: Packed(how), (5, 3)) for how in PACKED},
+    **{
+        f"products-{how}": Case(lambda how=how: Products(how.removesuffix("-of-tokens")), shape)
+        for how, shape in PRODUCTS.items()
+    },
+    "slim-convolution": Case(SlimConvolution, (3, 2, 4)),
     "linear-1d": Case(lambda: nn.Linear(3, 2), (3,)),
     "linear-2d": Case(lambda: nn.Linear(3, 2), (5, 3)),
     "linear-3d": Case(lambda: nn.Linear(3, 2), (5, 4, 3)),
@@ -163,7 +246,7 @@ CASES = {
     **{f"conv1d-{name}": Case(conv(nn.Conv1d, options), (3, 4, 7)) for name, options in CONV1D.items()},
     **{f"conv2d-{name}": Case(conv(nn.Conv2d, options), (3, 4, 5, 6)) for name, options in CONV2D.items()},
 }
-UNBATCHED = {"linear-1d", "unbatched-conv1d", "unbatched-conv2d"}
+UNBATCHED = {"linear-1d", "products-vector", "unbatched-conv1d", "unbatched-conv2d"}
 
 
 def recorded(model: nn.Module, x: Tensor) -> tuple[Tape, Tensor]:
@@ -176,15 +259,20 @@ def recorded(model: nn.Module, x: Tensor) -> tuple[Tape, Tensor]:
 def by_rule(tape: Tape, z: Tensor, signals: Tensor, examples: int) -> dict[str, Tensor]:
     """Per-example gradients from the records, name by name."""
     found = {}
+    shapes = {name: tuple(p.shape) for name, p in tape._parameters.items()}
     for block, records in SignalPass(tape, (z,), (signals,), examples).records().items():
         a, g = merged(records)
         assert a.shape[:3] == g.shape[:3] == (examples, a.shape[1], block.groups)
         assert a.shape[3] == block.columns
         assert g.shape[3] == block.outputs
-        rows = torch.einsum("nsgo,nsgi->ngoi", g, a).flatten(1, 2)
-        found[block.weight] = rows[..., : block.inputs].flatten(1)
+        rows = torch.einsum("nsgo,nsgi->ngoi", g, a)
+        weight = rows[..., : block.inputs]
+        if block.transposed:
+            taps = math.prod(shapes[block.weight][2:])
+            weight = weight.unflatten(-1, (-1, taps)).transpose(-3, -2)
+        found[block.weight] = weight.flatten(1)
         if block.bias is not None:
-            found[block.bias] = rows[..., -1]
+            found[block.bias] = rows[..., -1].flatten(1)
     return found
 
 
@@ -208,7 +296,7 @@ def test_records_give_the_per_example_gradients(name: str) -> None:
             torch.testing.assert_close(rows[parameter], own)
         else:
             assert not own.any()  # no output depends on it
-            assert name == "detour"
+            assert name.startswith(("detour", "packed-", "products-"))
     assert not tape.uncovered
 
 

@@ -26,14 +26,59 @@ class Bare(nn.Module):
 
 
 class Transposed(nn.Module):
-    """A weight used by a rule, and once more through its transpose."""
+    """A weight used by a rule, and once more in the other direction."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.linear(x)) @ self.linear.weight.T
+        return torch.tanh(self.linear(x)) @ self.linear.weight
+
+
+class InputSlice(nn.Module):
+    """A weight of which a call uses some columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x[:, :2], self.linear.weight[:, :2], self.linear.bias)
+
+
+class Strided(nn.Module):
+    """Every second row of a weight, and a slice of a bias that belongs to other rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.last = nn.Linear(3, 4), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x @ self.linear.weight[::2].T
+        return F.linear(hidden, self.last.weight[:2], self.last.bias[2:])
+
+
+class Scaled(nn.Module):
+    """A product with a factor, one with no vector to add, and one with a parameter for each position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v, self.b = (nn.Parameter(torch.randn(3, 3)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.b, torch.addmm(x, x, self.w, alpha=2.0), self.v)
+
+
+class LowRankFirst(nn.Module):
+    """Two parameters of which the product is the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, 1)), nn.Parameter(torch.randn(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.a @ self.b)
 
 
 class Queries(nn.Module):
@@ -132,7 +177,19 @@ CASES = {
         real(5, 3),
         {"1.weight": "batch_norm", "1.bias": "batch_norm"},
     ),
-    "transposed": (Transposed, real(5, 3), {"linear.weight": "T"}),
+    "transposed": (Transposed, real(5, 3), {"linear.weight": "matmul"}),
+    "input-slice": (
+        InputSlice,
+        real(5, 3),
+        {"linear.weight": "linear", "linear.bias": "linear"},
+    ),
+    "strided": (
+        Strided,
+        real(5, 3),
+        {"linear.weight": "matmul", "last.bias": "linear with the weight of another block"},
+    ),
+    "scaled": (Scaled, real(3, 3), {"w": "addmm", "v": "addmm", "b": "addmm"}),
+    "low-rank-first": (LowRankFirst, real(5, 3), {"a": "matmul", "b": "matmul"}),
     "queries": (Queries, real(5, 3), {"query": "linear", "project.weight": "linear"}),
     "second-bias": (SecondBias, real(5, 3), {"second.bias": "linear with the weight of another block"}),
     "shared-bias": (SharedBias, real(5, 3), {"first.bias": "linear with the weight of another block"}),

@@ -176,11 +176,15 @@ class _EKFACEstimate(FactorEstimate):
         found = eigen.U_A, eigen.U_G, S
         return found if factors.block.groups > 1 else (found[0][0], found[1][0], found[2][0])
 
+    def _block(self, weight: str) -> EigenKronecker:
+        factors = self._blocks[weight]
+        return EigenKronecker(factors.space, *self._values(weight), factors.block.transposed)
+
     def operator(self) -> LinearOperator:
         self._settle()
         if not self._eigen:
             raise StepError("no eigenvalue was observed yet: run a forward pass and the loss before step()")
-        blocks = [EigenKronecker(self._blocks[weight].space, *self._values(weight)) for weight in self._eigen]
+        blocks = [self._block(weight) for weight in self._eigen]
         return BlockDiagonal(self.space.restrict(n for b in blocks for n in b.space.names), blocks)
 
     def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
@@ -192,8 +196,7 @@ class _EKFACEstimate(FactorEstimate):
             factors = self._blocks[weight]
             given = self._padded(factors.block, gradient)
             if given:
-                operator = EigenKronecker(factors.space, *self._values(weight))
-                direction |= dict(operator.solve(given, damping))
+                direction |= dict(self._block(weight).solve(given, damping))
         return direction
 
     def state_dict(self) -> dict[str, Any]:

@@ -84,7 +84,10 @@ class _KFACEstimate(FactorEstimate):
     def operator(self) -> LinearOperator:
         if not self._blocks:
             raise StepError("no factor was observed yet: run a forward pass and the loss before step()")
-        blocks = [Kronecker(factors.space, *factors.averages()) for factors in self._blocks.values()]
+        blocks = [
+            Kronecker(factors.space, *factors.averages(), factors.block.transposed)
+            for factors in self._blocks.values()
+        ]
         return BlockDiagonal(self.space.restrict(n for b in blocks for n in b.space.names), blocks)
 
     def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
@@ -97,7 +100,7 @@ class _KFACEstimate(FactorEstimate):
             inverse = self._inverses[weight]
             if inverse is None:
                 inverse = self._inverses[weight] = FactoredInverse(
-                    factors.space, *factors.averages(), damping
+                    factors.space, *factors.averages(), damping, transposed=factors.block.transposed
                 )
             given = self._padded(factors.block, gradient)
             if given:
@@ -110,7 +113,9 @@ class _KFACEstimate(FactorEstimate):
             A, G = factors.averages()
             inverse = self._inverses[weight]
             if inverse is None:
-                inverse = self._inverses[weight] = FactoredInverse(factors.space, A, G, damping)
+                inverse = self._inverses[weight] = FactoredInverse(
+                    factors.space, A, G, damping, transposed=factors.block.transposed
+                )
             else:
                 inverse.refresh(A, G, damping)
             stages = {side: s.value for side, s in inverse.stages.items() if s is not Stage.CHOLESKY}
@@ -140,7 +145,9 @@ class _KFACEstimate(FactorEstimate):
                     torch.eye(t.shape[-1], dtype=t.dtype, device=t.device).expand_as(t)
                     for t in saved["inverse"]
                 )
-                inverse = FactoredInverse(factors.space, identity_A, identity_G, 0.0)
+                inverse = FactoredInverse(
+                    factors.space, identity_A, identity_G, 0.0, transposed=factors.block.transposed
+                )
                 inverse.A_inverse.copy_(saved["inverse"][0])
                 inverse.G_inverse.copy_(saved["inverse"][1])
                 self._inverses[weight] = inverse

@@ -26,11 +26,13 @@ class Reading(abc.ABC):
         groups: g; each has its own part of the inputs and of the outputs.
         features: f, of one group.
         positions: s.
+        taps: how many of the features each channel of the input has: the size of a kernel.
     """
 
     groups: int
     features: int
     positions: int
+    taps: int
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -73,6 +75,7 @@ class Positions(Reading):
 
     values: Float[Tensor, "n s gf"]
     groups: int = 1
+    taps = 1
 
     @property
     def features(self) -> int:  # type: ignore[override]

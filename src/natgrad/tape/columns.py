@@ -58,7 +58,10 @@ class LayerColumns:
                 _pair(height + geometry.dilation),
                 geometry.groups,
             )
-            columns = tuple(g.reshape(examples, geometry.groups, -1, reading.positions) for g in signals)
+            columns = tuple(
+                geometry.signals(g, examples).transpose(1, 2).unflatten(1, (geometry.groups, -1))
+                for g in signals
+            )
             return Use(reading, columns, self.has_bias)
         inputs = geometry.inputs(raw, examples)
         if len(inputs) != examples or (raw.dim() == 1 and not isinstance(geometry, LinearGeometry)):

@@ -49,7 +49,7 @@ def layer_rows(
         if len(whole) < len(uses) or not covered:
             continue
         bias = block.bias if block.bias in parameters else None
-        layers.append(LayerRows(block.weight, bias, tuple(whole)))
+        layers.append(LayerRows(block.weight, bias, tuple(whole), block.transposed))
         explained.update(block.names)
     return layers, [name for name in parameters if name not in explained]
 
