@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -204,6 +205,92 @@ class SlimConvolution(nn.Module):
         return torch.cat([torch.tanh(part).flatten(1) for part in (slim, self.conv(x), mixed)], 1)
 
 
+class Attention(nn.Module):
+    """torch's multi-head attention: of tokens among each other, or to others."""
+
+    def __init__(self, how: str, **options: Any) -> None:
+        super().__init__()
+        self.how, self.first = how, options.get("batch_first", False)
+        self.attention = nn.MultiheadAttention(4, 2, **options)
+        self.other = torch.randn(5, 1, options.get("kdim", 4), dtype=DTYPE)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 4]
+        k = self.other.expand(-1, len(x), -1).clone()
+        k = k + x.mean((1, 2))[:, None]
+        k = k.transpose(0, 1) if self.first else k
+        q = x if self.first else x.transpose(0, 1)
+        k = q if self.how == "self" else k
+        v = k.sin() if self.how == "cross" else k
+        found, weights = self.attention(q, k, v, need_weights=self.how == "cross")
+        found = found if self.first else found.transpose(0, 1)
+        return found if weights is None else found * (1 + weights.sum())
+
+
+class GroupedQueries(nn.Module):
+    """Fused projections, of which heads of queries share keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 8 + 4 + 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 4]
+        q, k, v = self.qkv(x).split([8, 4, 4], -1)
+        q, k, v = (part.unflatten(-1, (-1, 2)).transpose(1, 2) for part in (q, k, v))
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+
+class Recurrent(nn.Module):
+    """A recurrent network of sequences, of which the end is read too."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.first = options.get("batch_first", False)
+        self.cell = kind(2, 3, **options)
+        self.head = nn.LazyLinear(2, dtype=DTYPE)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 2]
+        out, state = self.cell(x if self.first else x.transpose(0, 1))
+        h = state[0] if isinstance(state, tuple) else state
+        out = out if self.first else out.transpose(0, 1)
+        return self.head(torch.cat([out.flatten(1), h.transpose(0, 1).flatten(1)], 1))
+
+
+class Cells(nn.Module):
+    """Cells, in a loop of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.LSTMCell(2, 3), nn.GRUCell(3, 3), nn.RNNCell(3, 2, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 2]
+        a, b, c = None, None, None
+        for part in x.unbind(1):
+            a = self.a(part, a)
+            b = self.b(a[0], b)
+            c = self.c(b, c)
+        return torch.cat([b, c], 1)
+
+
+RECURRENT = {
+    "lstm": (nn.LSTM, {}),
+    "lstm-all": (nn.LSTM, {"num_layers": 2, "bidirectional": True, "batch_first": True, "proj_size": 2}),
+    "lstm-bias-free": (nn.LSTM, {"bias": False, "num_layers": 2}),
+    "gru": (nn.GRU, {"batch_first": True, "bidirectional": True}),
+    "gru-deep": (nn.GRU, {"num_layers": 2}),
+    "rnn": (nn.RNN, {}),
+    "rnn-relu": (nn.RNN, {"nonlinearity": "relu", "batch_first": True}),
+}
+ATTENTION = {
+    "self": ("self", {"batch_first": True}),
+    "self-positions-first": ("self", {}),
+    "self-bias-free": ("self", {"bias": False}),
+    "keys": ("keys", {"batch_first": True}),
+    "cross": ("cross", {}),
+    "cross-batch-first": ("cross", {"batch_first": True}),
+    "separate": ("keys", {"kdim": 3, "vdim": 3, "bias": False}),
+    "zero": ("self", {"add_zero_attn": True}),
+}
 PACKED = ("chunk", "split", "slice", "one-row", "view")
 PRODUCTS = {
     "operator": (5, 3),
@@ -222,6 +309,17 @@ CASES = {
         f"products-{how}": Case(lambda how=how: Products(how.removesuffix("-of-tokens")), shape)
         for how, shape in PRODUCTS.items()
     },
+    **{
+        f"attention-{name}": Case(lambda how=how, options=options: Attention(how, **options), (3, 3, 4))
+        for name, (how, options) in ATTENTION.items()
+    },
+    "attention-other-length": Case(lambda: Attention("self"), (3, 6, 4)),
+    "grouped-queries": Case(GroupedQueries, (3, 3, 4)),
+    **{
+        name: Case(lambda kind=kind, options=options: Recurrent(kind, **options), (3, 3, 2))
+        for name, (kind, options) in RECURRENT.items()
+    },
+    "cells": Case(Cells, (3, 4, 2)),
     "slim-convolution": Case(SlimConvolution, (3, 2, 4)),
     "linear-1d": Case(lambda: nn.Linear(3, 2), (3,)),
     "linear-2d": Case(lambda: nn.Linear(3, 2), (5, 3)),
@@ -250,6 +348,8 @@ UNBATCHED = {"linear-1d", "products-vector", "unbatched-conv1d", "unbatched-conv
 
 
 def recorded(model: nn.Module, x: Tensor) -> tuple[Tape, Tensor]:
+    if any(map(nn.parameter.is_lazy, model.parameters())):
+        model(x)
     tape = Tape({name: p for name, p in model.named_parameters() if p.requires_grad})
     with tape.recording():
         z = model(x)

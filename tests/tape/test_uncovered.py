@@ -129,12 +129,27 @@ class OnlyBias(nn.Module):
 
 
 class Attention(nn.Module):
+    """Three weights, and one bias for all."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.attention, self.last = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2)
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=3, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.attention(x, x, x, need_weights=False)[0])
+        return self.attention(x, x[..., :3], x[..., 1:])[0]
+
+
+class PackedSequences(nn.Module):
+    """A recurrent network of packed sequences, which are in an order of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRU(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.tensor([2, 3, 1, 3, 3])
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.cell(packed)[1][0]
 
 
 class Lookup(nn.Module):
@@ -199,10 +214,12 @@ CASES = {
     "attention": (
         Attention,
         real(5, 3, 4),
-        {
-            f"attention.{name}": "multi_head_attention_forward"
-            for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-        },
+        {"attention.in_proj_bias": "linear with the weight of another block"},
+    ),
+    "packed-sequences": (
+        PackedSequences,
+        real(5, 3, 4),
+        {f"cell.{kind}_{part}_l0": "gru" for kind in ("weight", "bias") for part in ("ih", "hh")},
     ),
     "transposed-convolution": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose1d(3, 2, 2)),

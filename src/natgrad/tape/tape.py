@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.tape.columns import LayerColumns, send_back
+from natgrad.tape.decompose import POSITIONS_FIRST, is_packed, parts_of
 from natgrad.tape.finite import require_finite
 from natgrad.tape.records import Block, LayerRecord
-from natgrad.tape.rules import RULES, Geometry, Use
+from natgrad.tape.rules import RULES, Geometry, LinearGeometry, Use
 from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, transforms, unwrapped
 from natgrad.tape.views import is_part, places, source
 
@@ -47,6 +48,10 @@ class _Listener(TorchFunctionMode):
             if getattr(kind, "decomposes_torch_functions", False):
                 with self:  # heard are the functions that this one is made of
                     return kind.__torch_function__(func, types, args, kwargs or {})
+        parts = None if transforms() or is_packed(func, args) else parts_of(func, args)
+        if parts is not None:
+            with self, self._tape._positions_first(func in POSITIONS_FIRST):
+                return parts(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         self._tape._heard(func, args, kwargs or {}, result)
         return result
@@ -69,6 +74,7 @@ class Tape:
         self.blocks: dict[str, Block] = {}
         self.uncovered: dict[str, str] = {}
         self._calls: list[Call] = []
+        self._examples_second = False
 
     @contextmanager
     def recording(self) -> Iterator[Tape]:
@@ -205,6 +211,15 @@ class Tape:
         if name is not None:
             self.uncovered.setdefault(name, reason)
 
+    @contextmanager
+    def _positions_first(self, now: bool) -> Iterator[None]:
+        """Whether positions come before examples in what linear maps are given."""
+        before, self._examples_second = self._examples_second, now
+        try:
+            yield
+        finally:
+            self._examples_second = before
+
     def _note(self, use: Use, result: Tensor) -> bool:
         """Makes a call of it, unless its weight is no parameter's map."""
         weight = self._name(use.weight)
@@ -236,6 +251,8 @@ class Tape:
         if isinstance(result, Tensor) and result.requires_grad:
             rows = use.weight.shape[1 if use.transposed else 0] * (groups if use.transposed else 1)
             geometry = use.geometry.within(place.start, outputs - place.start - rows)
+            if self._examples_second and isinstance(geometry, LinearGeometry):
+                geometry = replace(geometry, examples_second=True)
             # An edge, not the tensor: an in-place activation would move the tensor's place in the graph.
             edge = get_gradient_edge(result)
             self._calls.append(
