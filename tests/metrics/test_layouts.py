@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import natgrad
 
@@ -47,6 +49,93 @@ class Linears(nn.Module):
         return self.head(torch.tanh(self.first(x))).sum(1)
 
 
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(2, 3, (3, 2), stride=(2, 1), padding=1, output_padding=(1, 0))
+        self.head = nn.Conv2d(3, CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x))).mean((2, 3))
+
+
+class Upsampled(nn.Module):
+    """The same as a convolution of an image with zeros between its pixels, read backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 3, (3, 2)), nn.Conv2d(3, CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.new_zeros(*x.shape[:2], 2 * x.shape[2] - 1, x.shape[3])
+        wide[:, :, ::2] = x
+        return self.head(torch.tanh(self.conv(F.pad(wide, (0, 0, 1, 2))))).mean((2, 3))
+
+
+class InSpace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv3d(2, 3, (1, 2, 2)), nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 2, 1, H, W]
+        return self.head(torch.tanh(self.conv(x)).mean((2, 3, 4)))
+
+
+class InPlane(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 3, 2), nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x[:, :, 0])).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """Positions come first, and there are as many as examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        return self.head(self.attention(x, x, x)[0].mean(0))
+
+
+class WrittenAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(4, 12), nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (h.unflatten(2, (2, 2)).transpose(1, 2) for h in self.qkv(x).chunk(3, 2))
+        heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(self.out(heads).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRU(3, 2), nn.Linear(2, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x.transpose(0, 1))[1][0])
+
+
+class WrittenRecurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.h, self.head = nn.Linear(3, 6), nn.Linear(2, 6), nn.Linear(2, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 2)
+        for step in x.unbind(1):
+            (r, z, n), (s, u, m) = self.i(step).chunk(3, 1), self.h(h).chunk(3, 1)
+            r, z = torch.sigmoid(r + s), torch.sigmoid(z + u)
+            h = (1 - z) * torch.tanh(n + r * m) + z * h
+        return self.head(h)
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two ways to write one function.
@@ -68,7 +157,38 @@ def same(w: Tensor) -> Tensor:
     return w
 
 
+def affine(own: str, reference: str, change: Callable[[Tensor], Tensor] = same) -> dict[str, Any]:
+    """A weight and a bias."""
+    return {
+        f"{own}weight": (f"{reference}.weight", change),
+        f"{own}bias": (f"{reference}.bias", same),
+    }
+
+
+def backwards(w: Tensor) -> Tensor:
+    """A transposed convolution's kernel from that of a convolution."""
+    return w.flip(2, 3).transpose(0, 1)
+
+
+HEAD = affine("head.", "head")
 PAIRS = {
+    "transposed": Pair(Transposed, Upsampled, (2, 3, 3), affine("conv.", "conv", backwards) | HEAD),
+    "in-space": Pair(
+        InSpace, InPlane, (2, 1, 3, 4), affine("conv.", "conv", lambda w: w.unsqueeze(2)) | HEAD
+    ),
+    "attention": Pair(
+        Attention,
+        WrittenAttention,
+        (5, 4),
+        affine("attention.in_proj_", "qkv") | affine("attention.out_proj.", "out") | HEAD,
+    ),
+    "recurrent": Pair(
+        Recurrent,
+        WrittenRecurrent,
+        (4, 3),
+        {f"cell.{kind}_{side}h_l0": (f"{side}.{kind}", same) for side in "ih" for kind in ("weight", "bias")}
+        | HEAD,
+    ),
     "products": Pair(
         Products,
         Linears,

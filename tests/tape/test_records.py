@@ -188,8 +188,40 @@ CONV2D = {
 }
 
 
+CONV3D = {
+    "plain": {},
+    "all": {"stride": (2, 1, 1), "padding": (1, 0, 2), "dilation": (1, 2, 1), "groups": 2},
+    "same": {"padding": "same", "kernel_size": (2, 3, 1)},
+    "circular": {"padding": 1, "padding_mode": "circular", "bias": False},
+}
+TRANSPOSED1D = {
+    "plain": {},
+    "stride": {"stride": 3},
+    "output-padding": {"stride": 3, "output_padding": 2, "padding": 1},
+    "cropped": {"padding": 4, "dilation": 2, "kernel_size": 2, "stride": 2},
+    "all": {"stride": 2, "padding": 1, "output_padding": 1, "dilation": 3, "groups": 2},
+    "bias-free": {"bias": False, "kernel_size": 1},
+}
+TRANSPOSED2D = {
+    "plain": {},
+    "all": {"stride": (2, 1), "padding": (0, 2), "output_padding": (1, 0), "dilation": (1, 2), "groups": 2},
+    "depthwise": {"groups": 4, "stride": 2},
+}
+TRANSPOSED3D = {
+    "plain": {},
+    "all": {
+        "stride": (2, 1, 3),
+        "padding": (1, 0, 0),
+        "output_padding": (1, 0, 2),
+        "groups": 2,
+        "bias": False,
+    },
+}
+
+
 def conv(kind: type[nn.Module], options: dict) -> Callable[[], nn.Module]:
-    return lambda: kind(4, 8, **({"kernel_size": 3 if kind is nn.Conv1d else (3, 2)} | options))
+    size = {"1d": 3, "2d": (3, 2), "3d": (2, 1, 3)}[kind.__name__[-2:]]
+    return lambda: kind(4, 8, **({"kernel_size": size} | options))
 
 
 class SlimConvolution(nn.Module):
@@ -344,7 +376,26 @@ CASES = {
     **{f"conv1d-{name}": Case(conv(nn.Conv1d, options), (3, 4, 7)) for name, options in CONV1D.items()},
     **{f"conv2d-{name}": Case(conv(nn.Conv2d, options), (3, 4, 5, 6)) for name, options in CONV2D.items()},
 }
-UNBATCHED = {"linear-1d", "products-vector", "unbatched-conv1d", "unbatched-conv2d"}
+CASES |= {
+    f"{kind.__name__.lower()}-{name}": Case(conv(kind, options), shape)
+    for kind, table, shape in (
+        (nn.Conv3d, CONV3D, (2, 4, 3, 4, 3)),
+        (nn.ConvTranspose1d, TRANSPOSED1D, (3, 4, 5)),
+        (nn.ConvTranspose2d, TRANSPOSED2D, (3, 4, 3, 4)),
+        (nn.ConvTranspose3d, TRANSPOSED3D, (2, 4, 2, 3, 2)),
+    )
+    for name, options in table.items()
+}
+CASES["unbatched-conv3d"] = Case(lambda: nn.Conv3d(2, 3, 2), (2, 3, 3, 3))
+CASES["unbatched-transposed"] = Case(lambda: nn.ConvTranspose2d(2, 3, 2, stride=2), (2, 3, 3))
+UNBATCHED = {
+    "unbatched-conv3d",
+    "unbatched-transposed",
+    "linear-1d",
+    "products-vector",
+    "unbatched-conv1d",
+    "unbatched-conv2d",
+}
 
 
 def recorded(model: nn.Module, x: Tensor) -> tuple[Tape, Tensor]:

@@ -221,11 +221,6 @@ CASES = {
         real(5, 3, 4),
         {f"cell.{kind}_{part}_l0": "gru" for kind in ("weight", "bias") for part in ("ih", "hh")},
     ),
-    "transposed-convolution": (
-        lambda: nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose1d(3, 2, 2)),
-        real(5, 3, 4),
-        {"1.weight": "conv_transpose1d", "1.bias": "conv_transpose1d"},
-    ),
 }
 
 

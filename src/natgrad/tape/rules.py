@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from natgrad.operators.readings import Patches
+
 
 class Geometry(abc.ABC):
     """How a call's raw input and output become the layout ``[batch, shared, features]``.
@@ -84,31 +86,56 @@ class LinearGeometry(Geometry):
 
 @dataclass(frozen=True)
 class ConvolutionGeometry(Geometry):
-    """A convolution: each output position reads one patch, and every patch shares the weight."""
+    """A convolution: each output position reads one patch, and every patch shares the weight.
+
+    A transposed one reads patches too, with stride 1, of an image of which the pixels are `spread` apart with zeros
+    between. It meets the kernel's taps in reverse order: in their order where image and result are read backwards.
+
+    Attributes:
+        padding: (before, after) for each spatial dimension; of the spread image in a transposed convolution.
+        spread: the stride of a transposed convolution; None of any other.
+    """
 
     name: str
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]  # (before, after) for each spatial dimension
+    padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
     beside: tuple[int, int] = (0, 0)
+    spread: tuple[int, ...] | None = None
 
-    def inputs(self, raw: Tensor, examples: int) -> Float[Tensor, "batch shared f"]:
+    def reading(self, raw: Tensor) -> Patches:
+        """The patches."""
         spatial = len(self.kernel)
-        x = raw if raw.dim() == spatial + 2 else raw.unsqueeze(0)
+        x = raw if raw.dim() == spatial + 2 else raw[None]
+        if self.spread is not None:
+            sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], self.spread, strict=True)]
+            wide = x.new_zeros(*x.shape[:2], *sizes)
+            there = tuple(slice(None, None, step) for step in (1, 1, *self.spread))
+            wide[there] = x
+            x = wide
         if any(before or after for before, after in self.padding):
             x = F.pad(x, [side for pair in reversed(self.padding) for side in pair])
-        if spatial == 1:  # im2col exists for two spatial dimensions only
-            x = x.unsqueeze(-2)
-        kernel, stride, dilation = (
-            (1, *v) if spatial == 1 else v for v in (self.kernel, self.stride, self.dilation)
+        if self.spread is not None:
+            x = x.flip(tuple(range(2, 2 + spatial)))
+        flat = (1,) * (2 - spatial)  # a signal in time is an image one pixel high
+        return Patches(
+            x.reshape(*x.shape[:2], *flat, *x.shape[2:]),
+            flat + self.kernel,
+            flat + self.stride,
+            flat + self.dilation,
+            self.groups,
         )
-        patches = F.unfold(x, kernel, dilation=dilation, stride=stride)
-        return _by_example(patches.transpose(1, 2), examples)
+
+    def inputs(self, raw: Tensor, examples: int) -> Float[Tensor, "batch shared f"]:
+        patches = self.reading(raw).vectors(slice(None))
+        return _by_example(patches.flatten(1, 2).transpose(1, 2), examples)
 
     def signals(self, raw: Tensor, examples: int) -> Float[Tensor, "batch shared f"]:
-        g = raw if raw.dim() == len(self.kernel) + 2 else raw.unsqueeze(0)
+        g = raw if raw.dim() == len(self.kernel) + 2 else raw[None]
+        if self.spread is not None:
+            g = g.flip(tuple(range(2, g.dim())))
         return _widened(_by_example(g.flatten(2).transpose(1, 2), examples), self.beside)
 
     def within(self, before: int, after: int) -> Geometry:
@@ -213,6 +240,34 @@ def _convolution(spatial: int) -> Callable[..., Use]:
     return rule
 
 
+def _transposed_convolution(spatial: int) -> Callable[..., Use]:
+    def rule(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        output_padding: int | tuple[int, ...] = 0,
+        groups: int = 1,
+        dilation: int | tuple[int, ...] = 1,
+    ) -> Use:
+        kernel, dilated = tuple(weight.shape[2:]), _tuple(dilation, spatial)
+        sides = zip(kernel, dilated, _tuple(padding, spatial), _tuple(output_padding, spatial), strict=True)
+        padded = tuple((d * (k - 1) - p, d * (k - 1) - p + q) for k, d, p, q in sides)
+        geometry = ConvolutionGeometry(
+            f"conv_transpose{spatial}d",
+            kernel,
+            (1,) * spatial,
+            padded,
+            dilated,
+            groups,
+            spread=_tuple(stride, spatial),
+        )
+        return Use(weight, bias, input, geometry, transposed=True)
+
+    return rule
+
+
 RULES: dict[Callable[..., Tensor], Callable[..., Use | None]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -226,4 +281,8 @@ RULES: dict[Callable[..., Tensor], Callable[..., Use | None]] = {
     Tensor.addmm: _addmm,
     torch.conv1d: _convolution(1),
     torch.conv2d: _convolution(2),
+    torch.conv3d: _convolution(3),
+    torch.conv_transpose1d: _transposed_convolution(1),
+    torch.conv_transpose2d: _transposed_convolution(2),
+    torch.conv_transpose3d: _transposed_convolution(3),
 }
