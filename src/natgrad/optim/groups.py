@@ -46,6 +46,7 @@ class Membership:
         weight_decay: float | L2,
     ) -> None:
         self._model = model
+        _refuse_flattened(model)
         names = {id(p): name for name, p in model.named_parameters()}
         entries: list[Any] = list(params) if params is not None else list(model.parameters())
         entries = [e for e in entries if not isinstance(e, Tensor) or e.requires_grad]
@@ -81,6 +82,8 @@ class Membership:
             raise EmptyError("no group holds a trainable parameter; is every requires_grad False?")
         self.members = {name: found[name] for name in names.values() if name in found}
         _check_kinds(self.members.values())
+        some = next(iter(self.members.values())).parameter
+        self._kind = some.device, some.dtype
         self._left_out = {key for key, name in names.items() if name not in found}
         self._trainable_left_out = {
             id(p) for p in model.parameters() if p.requires_grad and id(p) in self._left_out
@@ -132,6 +135,10 @@ class Membership:
                         f"{name} changed its shape from {tuple(self._shapes[name])} to {tuple(p.shape)} after the "
                         "optimiser was built; build a new one"
                     )
+                if (p.device, p.dtype) != self._kind:
+                    raise ModelChangedError(
+                        f"{name} is now {p.dtype} on {p.device}: move the model before the optimiser is built"
+                    )
             elif p.requires_grad and id(p) not in self._trainable_left_out:
                 raise ModelChangedError(
                     f"{name} became trainable after the optimiser was built, so it would never be updated; "
@@ -167,3 +174,15 @@ def _check_kinds(members: Iterable[Member]) -> None:
                     if what == "device"
                     else f"{first.name} is {mine} and {one.name} is {its}: make them one, with model.to({mine})"
                 )
+
+
+def _refuse_flattened(model: nn.Module) -> None:
+    """Raises ConfigError where parameters lost their shapes."""
+    if any(
+        type(module).__module__ == "torch.distributed.fsdp.fully_sharded_data_parallel"
+        for module in model.modules()
+    ):
+        raise ConfigError(
+            "FullyShardedDataParallel makes one flat parameter of many, in which no layer can be told from another: "
+            "use torch.distributed.fsdp.fully_shard (FSDP2), which leaves each parameter its shape"
+        )

@@ -28,6 +28,7 @@ from natgrad.steps import (
     ConstantDamping,
     Damping,
     FixedStep,
+    Grafted,
     NoiseFloor,
     Promise,
     ResidualStep,
@@ -68,6 +69,7 @@ class Plumbing(torch.optim.Optimizer):
         weight_decay: float | L2 = 0.0,
         fallback: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         outputs: Callable[[Any], Any] | None = None,
+        targets: Callable[..., Any] | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         seed: int = 0,
     ) -> None:
@@ -80,6 +82,7 @@ class Plumbing(torch.optim.Optimizer):
             "damping": damping,
             "fallback": fallback,
             "outputs": outputs,
+            "targets": targets,
             "on_nonfinite": on_nonfinite,
             "seed": seed,
         }
@@ -91,12 +94,16 @@ class Plumbing(torch.optim.Optimizer):
             residual_step_from(lr, momentum) if on_residuals else step_size_from(lr, momentum)
         )
         # ρ needs the loss, so it needs the targets, or residuals.
-        measurable = isinstance(likelihood, nn.Module) or on_residuals
+        measurable = isinstance(likelihood, nn.Module) or on_residuals or targets is not None
         self.damping_rule = damping_from(damping, isinstance(self.step_size, AdaptiveStep) and measurable)
         if not measurable and not isinstance(self.damping_rule, ConstantDamping):
             raise ConfigError(
                 "this damping needs the loss at the new parameters, which a likelihood alone does not tell; pass the "
-                "torch.nn loss, or a number as damping"
+                "torch.nn loss, or targets=, or a number as damping"
+            )
+        if targets is not None and not isinstance(likelihood, Likelihood):
+            raise ConfigError(
+                "the loss tells the targets; targets= is for a likelihood, where the model has the loss"
             )
         self.damping = self.damping_rule.initial
         self.info = StepInfo()
@@ -117,9 +124,11 @@ class Plumbing(torch.optim.Optimizer):
             raise ConfigError(
                 "the decay of weights is a residual too: return {..., 'decay': η**0.5 * θ} beside yours"
             )
+        if isinstance(self.step_size, Grafted) and not isinstance(self.damping_rule, ConstantDamping):
+            raise ConfigError("Grafted leaves no step to measure: give a number as damping beside it")
         if isinstance(self.step_size, TrustRegion):
             self._check_trust_region(fallback)
-        default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0
+        default_lr = self.step_size.lr if isinstance(self.step_size, (FixedStep, Grafted)) else 1.0
         self._built = False
         super().__init__(self._members.groups, {"lr": default_lr})
         self._built = True
@@ -129,6 +138,7 @@ class Plumbing(torch.optim.Optimizer):
             likelihood if isinstance(likelihood, nn.Module) else None,
             self.likelihood,
             outputs,
+            targets,
             self._curvature.tapes,
             self._curvature.due,
             self._curvature.observe,
@@ -229,7 +239,7 @@ class Plumbing(torch.optim.Optimizer):
     def _skip(self, what: str, loss: float | None, norm: float) -> None:
         """Raises, or counts a step that was not taken."""
         self._skipped += 1
-        self._watcher.clear()
+        self._watcher.stepped()
         self._curvature.restart(self._step)
         if self._on_nonfinite == "raise":
             raise NonFiniteError(
@@ -250,7 +260,7 @@ class Plumbing(torch.optim.Optimizer):
             seconds=self._seconds,
             **record,
         )
-        self._watcher.clear()
+        self._watcher.stepped()
         self._curvature.restart(self._step)
 
     def _unit(self) -> float:
