@@ -28,7 +28,7 @@ NAMES = ("poisson-2d", "poisson-5d", "heat", "helmholtz", "misra1a", "boxbod", "
 def small(name: str) -> ResidualProblem:
     """An equation on 7 points a side."""
     key = {"poisson-2d": "Poisson, 2-D", "poisson-5d": "Poisson, 5-D"}[name]
-    return equations.equation_problem(name, key, "made small", 1e-5, side=7)
+    return equations.equation_problem(name, key, "made small", 1e-5, adam=0.03, side=7)
 
 
 def evaluations(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -172,21 +172,23 @@ EQUATIONS = {
 }
 
 
-def equation_problem(name: str, key: str, title: str, target: float, side: int = SIDE) -> ResidualProblem:
+def equation_problem(
+    name: str, key: str, title: str, target: float, adam: float, side: int = SIDE
+) -> ResidualProblem:
     """The problem that an equation of `EQUATIONS` is in a race."""
     equation = EQUATIONS[key]
     return ResidualProblem(
         name=name, title=title, make_model=lambda seed: equation.net(), measure="relative L2 error",
         residuals=lambda net, points: equation.residuals(net, *points), error=equation.error,
         points=lambda generator: equation.points(side, generator), fresh=equation.fresh,
-        target=target, seconds=2 * equation.seconds, rates={"adam": 1e-2, "adamw": 1e-2},
+        target=target, seconds=2 * equation.seconds, rates={"adam": adam, "adamw": adam},
     )  # fmt: skip
 
 
 def poisson_2d() -> ResidualProblem:
     """Poisson's equation on a square, by a network 2-64-1 in float64."""
     return equation_problem(
-        "poisson-2d", "Poisson, 2-D", "a 2-64-1 network solves Poisson’s equation on a square", 1e-5
+        "poisson-2d", "Poisson, 2-D", "a 2-64-1 network solves Poisson’s equation on a square", 1e-5, adam=0.3
     )
 
 
@@ -197,16 +199,21 @@ def poisson_5d() -> ResidualProblem:
         "Poisson, 5-D",
         "a 5-64-64-48-48-1 network solves Poisson’s equation in five dimensions",
         1e-3,
+        adam=1e-3,
     )
 
 
 def heat() -> ResidualProblem:
     """The heat equation in one dimension and time."""
-    return equation_problem("heat", "heat", "a 2-64-1 network solves the heat equation", 1e-5)
+    return equation_problem("heat", "heat", "a 2-64-1 network solves the heat equation", 1e-5, adam=0.1)
 
 
 def helmholtz() -> ResidualProblem:
     """Helmholtz's equation with three waves to the side of the square."""
     return equation_problem(
-        "helmholtz", "Helmholtz, k = 20", "128 sines solve Helmholtz’s equation with wave number 20", 1e-5
+        "helmholtz",
+        "Helmholtz, k = 20",
+        "128 sines solve Helmholtz’s equation with wave number 20",
+        1e-5,
+        adam=0.03,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from natgrad.errors import ConfigError, NatgradError, NonFiniteError, NotPositiveDefiniteError, RunError
+from natgrad.errors import (
+    ConfigError,
+    NatgradError,
+    NonFiniteError,
+    NotPositiveDefiniteError,
+    RunError,
+    StallWarning,
+)
 from natgrad.lab.live import SILENT, View
 from natgrad.lab.peers import Entrant, neighbour, share_of_rate, unavailable
 from natgrad.lab.plan import Budget, Leg
@@ -278,7 +286,11 @@ def _step(
     """One step, as the optimiser wants to be called; the loss before it."""
     residuals: Any = problem.residuals_of(model, batch) if entrant.ours else None
     if residuals is not None:
-        return float(optimizer.step(residuals))
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", StallWarning
+            )  # at the solution, the rest of the budget changes nothing
+            return float(optimizer.step(residuals))
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from natgrad.errors import OutputError
+from natgrad.tape.decompose import Unfused
 from natgrad.tape.substitute import call_with
 
 Outputs = tuple[Tensor, ...]
@@ -118,7 +119,7 @@ def jacobian_products(
         tangents: each a name → tangent; a parameter that is not named has tangent zero and costs nothing.
 
     Returns:
-        The outputs, and for each tangent its image, shaped like the outputs.
+        The outputs, and for each tangent its image, shaped like the outputs; in float32 or more.
 
     Raises:
         OutputError: an operation of the model has no forward-mode derivative.
@@ -128,8 +129,8 @@ def jacobian_products(
     state = torch.get_rng_state()
     _load_forward_mode()
     for tangent in tangents:
-        # Of attention's kernels only the plain one has a forward-mode derivative.
-        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        # Of attention's kernels only the plain one has a forward-mode derivative; of recurrent networks' none.
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), Unfused():
             duals = {
                 name: forward_ad.make_dual(value.detach(), tangent[name])
                 if name in tangent
@@ -144,11 +145,13 @@ def jacobian_products(
                     f"({error}); give lr= to do without them"
                 ) from error
             unpacked = [forward_ad.unpack_dual(z) for z in dual]
-            outputs = tuple(u.primal.detach() for u in unpacked)
+            outputs = tuple(_full(u.primal) for u in unpacked)
             images.append(
-                tuple(
-                    (torch.zeros_like(u.primal) if u.tangent is None else u.tangent).detach()
-                    for u in unpacked
-                )
+                tuple(_full(torch.zeros_like(u.primal) if u.tangent is None else u.tangent) for u in unpacked)
             )
     return outputs, images
+
+
+def _full(value: Tensor) -> Tensor:
+    """At least in float32: a model may have autocast of its own."""
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32))
