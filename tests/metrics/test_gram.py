@@ -57,3 +57,11 @@ def test_what_would_not_fit_is_refused(show: Callable, monkeypatch: pytest.Monke
     monkeypatch.setattr(operators, "LARGEST_BYTES", 10)
     with pytest.raises(ConfigError, match="bytes"):
         shown.estimate.solve(gradient(one.model), 0.1, 0)
+
+
+def test_precision_reaches_the_operator_and_is_checked(show: Callable) -> None:
+    one = problem("linear", "ce")
+    shown = show(Gram(precision="mixed"), one.model, one.loss)
+    assert shown.observe(one.x, one.y).operator().precision == "mixed"
+    with pytest.raises(ConfigError, match="'half'"):
+        Gram(precision="half")

@@ -40,6 +40,7 @@ def readings() -> dict[str, Reading]:
         "strided, dilated patches": Patches(randn(5, 2, 8, 7), (2, 3), (2, 3), (3, 1)),
         "patches in groups": Patches(randn(5, 4, 5, 5), (2, 2), (2, 1), (1, 2), 2),
         "patches in time": Patches(randn(5, 2, 1, 6), (1, 3), (1, 2), (1, 1)),
+        "patches in space": Patches(randn(5, 4, 4, 5, 3), (2, 1, 2), (1, 2, 1), (2, 1, 1), 2),
         "patches of a view": Patches(randn(5, 3, 12, 5)[:, ::2, 1::2], (2, 2), (1, 1), (1, 1)),
     }
 
@@ -51,8 +52,13 @@ every_reading = pytest.mark.parametrize("name", readings())
 def test_vectors_are_what_was_read(name: str) -> None:
     reading = readings()[name]
     if isinstance(reading, Patches):
-        unfolded = F.unfold(reading.images, reading.kernel, dilation=reading.dilation, stride=reading.stride)
-        expected = unfolded.reshape(5, reading.groups, -1, unfolded.shape[-1])
+        convolve = F.conv2d if len(reading.kernel) == 2 else F.conv3d  # by kernels that pick a tap each
+        picks = torch.eye(reading.features, dtype=DTYPE).view(reading.features, -1, *reading.kernel)
+        picks = picks.repeat(reading.groups, *[1] * (picks.dim() - 1))
+        picked = convolve(
+            reading.images, picks, dilation=reading.dilation, stride=reading.stride, groups=reading.groups
+        )
+        expected = picked.view(5, reading.groups, reading.features, -1)
     else:
         expected = reading.values.unflatten(2, (reading.groups, -1)).permute(0, 2, 3, 1)
     found = reading.vectors(ALL)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad import L2, ConfigError, CoverageWarning, EmptyError, FixedStep, ModelChangedError
+from natgrad.optim.remainder import Remainder
 from oracle import fisher as oracle
 from tests.optim.runs import DTYPE, METRICS, MODES, Run, batches, net, parameters
 
@@ -332,13 +333,28 @@ def test_what_no_rule_covers_is_announced_once_and_listed() -> None:
 @pytest.mark.filterwarnings("ignore::natgrad.CoverageWarning")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("metric", ["kfac", "diagonal"])
-def test_by_default_they_follow_the_plain_gradient(metric: str, mode: str) -> None:
+def test_by_default_they_have_a_diagonal_of_squared_gradients(metric: str, mode: str) -> None:
     run = Run.of(metric, mode, Scaled(), momentum=0.0)
     before = run.model.norm.weight.detach().clone()
     run.train(batches(1))
     step, g = run.model.norm.weight.detach() - before, run.model.norm.weight.grad
-    assert torch.nn.functional.cosine_similarity(step, -g, dim=0) == pytest.approx(1.0)
+    expected = -g / (len(batches(1)[0][0]) * g.square() + run.optimizer.info.damping)
+    assert torch.nn.functional.cosine_similarity(step, expected, dim=0) == pytest.approx(1.0)
     assert step.norm() > 0
+
+
+def test_the_diagonal_of_squared_gradients_is_one_of_the_fisher_information() -> None:
+    """At the optimum the mean square of a batch's gradient is F/N; and a step's trials are one observation."""
+    remainder, source = Remainder(), torch.Generator().manual_seed(0)
+    for step in range(400):  # N(0, 2²) scores: F = 4, in batches of 8
+        g = 2 * torch.randn(8, 500, dtype=DTYPE, generator=source).mean(0)
+        remainder.observe({"p": g}, 8, step)
+        remainder.observe({"p": 100 * g}, 8, step)
+    solved = remainder.solve({"p": torch.ones(500, dtype=DTYPE)}, {"p": 1.0})["p"]
+    assert solved.mean() == pytest.approx(1 / (4.0 + 1.0), rel=0.1)
+    state = Remainder()
+    state.load_state_dict(remainder.state_dict())
+    torch.testing.assert_close(state.solve({"p": torch.ones(500, dtype=DTYPE)}, {"p": 1.0})["p"], solved)
 
 
 @pytest.mark.parametrize("mode", MODES)

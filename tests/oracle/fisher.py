@@ -56,6 +56,15 @@ def jacobian(model: nn.Module, x: Tensor, find: Find = lambda z: z) -> Tensor:
         return torch.cat([z.reshape(-1) for z in (found if isinstance(found, tuple) else (found,))])
 
     values = trainable(model)
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # no batching rule at all
+        leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+        rows = [
+            torch.cat(
+                [g.reshape(-1) for g in torch.autograd.grad(z, list(leaves.values()), retain_graph=True)]
+            )
+            for z in outputs(leaves)
+        ]
+        return torch.stack(rows)
     with sdpa_kernel(SDPBackend.MATH):  # the others have no batching rule
         by_name = jacrev(outputs)(values)
     return torch.cat([by_name[name].reshape(by_name[name].shape[0], -1) for name in values], dim=1)

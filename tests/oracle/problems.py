@@ -41,6 +41,22 @@ class Twice(nn.Module):
         return self.head(torch.tanh(self.cell(torch.tanh(self.cell(x)))))
 
 
+class Packed(nn.Module):
+    """Slices of one weight, a weight that is stored with its input axis first, and a low-rank adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.shift = nn.Parameter(torch.randn(6, 3)), nn.Parameter(torch.randn(6))
+        self.head = nn.Parameter(torch.randn(3, CLASSES))
+        self.down, self.up = nn.Parameter(torch.randn(1, 3)), nn.Parameter(torch.randn(CLASSES, 1))
+        self.final = nn.Parameter(torch.zeros(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (q, k), (b, c) = self.packed.chunk(2), self.shift.chunk(2)
+        hidden = torch.tanh(nn.functional.linear(x, q, b) + nn.functional.linear(x.sin(), k, c))
+        return torch.addmm(self.final, hidden, self.head) + hidden @ self.down.T @ self.up.T
+
+
 class ClassesSecond(nn.Module):
     """[N, T, C] → [N, C, T], as the cross-entropy reads tokens."""
 
@@ -78,6 +94,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "spatial": (lambda: nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Conv2d(2, CLASSES, 1)), (1, 3, 2)),
     "tied": (Tied, (3,)),
     "twice": (Twice, (3,)),
+    "packed": (Packed, (3,)),
     "layer norm": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, CLASSES)),
         (3,),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +102,57 @@ class Detour(nn.Module):
         return self.used(x)
 
 
+class Packed(nn.Module):
+    """Slices of one weight and one bias, on different things."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.w, self.b, self.how = nn.Parameter(torch.randn(9, 3)), nn.Parameter(torch.randn(9)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "chunk":
+            parts = [F.linear(x + k, w, b) for k, (w, b) in enumerate(zip(self.w.chunk(3), self.b.chunk(3)))]
+        elif self.how == "split":
+            (w, *ws), (b, *bs) = self.w.split([2, 3, 4]), self.b.split([2, 3, 4])
+            parts = [F.linear(x, w, b)[:, :1], F.linear(x, ws[0]), F.linear(x.sin(), ws[1], bs[1])]
+        elif self.how == "slice":  # some rows belong to no call, and some to two
+            parts = [F.linear(x, self.w[:5], self.b[:5]), x.sin() @ self.w[2:7].T + x[:, :1]]
+        elif self.how == "one-row":
+            parts = [F.linear(x, self.w[4:5], self.b[4:5]), x @ self.w[3:4].mT, x.cos() @ self.w.t()]
+        else:
+            parts = [x @ self.w.view(27).reshape(9, 3).transpose(0, 1)]
+        return torch.tanh(torch.cat(parts, 1))
+
+
+class Products(nn.Module):
+    """Matrix products; a weight that is stored with its input axis first is a linear map too."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 4))
+        self.down, self.up = nn.Parameter(torch.randn(1, 3)), nn.Parameter(torch.randn(3, 1))
+        self.c, self.how = nn.Parameter(torch.randn(4)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.a, self.b, self.c
+        if self.how == "operator":
+            return torch.tanh(x @ a) @ b.T
+        if self.how == "functions":
+            return torch.mm(torch.tanh(torch.matmul(x, a)), b.t()) + torch.tanh(x.matmul(a)).mm(b.mT)
+        if self.how == "addmm":  # Hugging Face's Conv1D
+            rows = torch.addmm(c, x.view(-1, 3), a).view(*x.shape[:-1], 4)
+            return torch.tanh(rows) @ b.T
+        if self.how == "low-rank":
+            return torch.tanh(x @ self.down.T @ self.up.T) @ a
+        if self.how == "columns":
+            return (b @ torch.tanh(a.T @ x.mT)).mT
+        if self.how == "vector":
+            return torch.mv(b, torch.tanh(x @ a))
+        if self.how == "slices":  # columns of a weight that has its input first
+            return torch.tanh(x @ a[:, 1:3]) + torch.sin(F.linear(x, a.T[2:]))
+        raise AssertionError
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     build: Callable[[], nn.Module]
@@ -135,11 +188,171 @@ CONV2D = {
 }
 
 
-def conv(kind: type[nn.Module], options: dict) -> Callable[[], nn.Module]:
-    return lambda: kind(4, 8, **({"kernel_size": 3 if kind is nn.Conv1d else (3, 2)} | options))
+CONV3D = {
+    "plain": {},
+    "all": {"stride": (2, 1, 1), "padding": (1, 0, 2), "dilation": (1, 2, 1), "groups": 2},
+    "same": {"padding": "same", "kernel_size": (2, 3, 1)},
+    "circular": {"padding": 1, "padding_mode": "circular", "bias": False},
+}
+TRANSPOSED1D = {
+    "plain": {},
+    "stride": {"stride": 3},
+    "output-padding": {"stride": 3, "output_padding": 2, "padding": 1},
+    "cropped": {"padding": 4, "dilation": 2, "kernel_size": 2, "stride": 2},
+    "all": {"stride": 2, "padding": 1, "output_padding": 1, "dilation": 3, "groups": 2},
+    "bias-free": {"bias": False, "kernel_size": 1},
+}
+TRANSPOSED2D = {
+    "plain": {},
+    "all": {"stride": (2, 1), "padding": (0, 2), "output_padding": (1, 0), "dilation": (1, 2), "groups": 2},
+    "depthwise": {"groups": 4, "stride": 2},
+}
+TRANSPOSED3D = {
+    "plain": {},
+    "all": {
+        "stride": (2, 1, 3),
+        "padding": (1, 0, 0),
+        "output_padding": (1, 0, 2),
+        "groups": 2,
+        "bias": False,
+    },
+}
 
+
+def conv(kind: type[nn.Module], options: dict) -> Callable[[], nn.Module]:
+    size = {"1d": 3, "2d": (3, 2), "3d": (2, 1, 3)}[kind.__name__[-2:]]
+    return lambda: kind(4, 8, **({"kernel_size": size} | options))
+
+
+class SlimConvolution(nn.Module):
+    """The first channels of a convolution, and all of them; its kernel as a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.point = nn.Conv1d(2, 4, 2), nn.Conv1d(2, 3, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slim = F.conv1d(x, self.conv.weight[1:3], self.conv.bias[1:3])
+        mixed = F.linear(x.mT, self.point.weight.squeeze(-1)) + self.point(x).mT
+        return torch.cat([torch.tanh(part).flatten(1) for part in (slim, self.conv(x), mixed)], 1)
+
+
+class Attention(nn.Module):
+    """torch's multi-head attention: of tokens among each other, or to others."""
+
+    def __init__(self, how: str, **options: Any) -> None:
+        super().__init__()
+        self.how, self.first = how, options.get("batch_first", False)
+        self.attention = nn.MultiheadAttention(4, 2, **options)
+        self.other = torch.randn(5, 1, options.get("kdim", 4), dtype=DTYPE)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 4]
+        k = self.other.expand(-1, len(x), -1).clone()
+        k = k + x.mean((1, 2))[:, None]
+        k = k.transpose(0, 1) if self.first else k
+        q = x if self.first else x.transpose(0, 1)
+        k = q if self.how == "self" else k
+        v = k.sin() if self.how == "cross" else k
+        found, weights = self.attention(q, k, v, need_weights=self.how == "cross")
+        found = found if self.first else found.transpose(0, 1)
+        return found if weights is None else found * (1 + weights.sum())
+
+
+class GroupedQueries(nn.Module):
+    """Fused projections, of which heads of queries share keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 8 + 4 + 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 4]
+        q, k, v = self.qkv(x).split([8, 4, 4], -1)
+        q, k, v = (part.unflatten(-1, (-1, 2)).transpose(1, 2) for part in (q, k, v))
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+
+class Recurrent(nn.Module):
+    """A recurrent network of sequences, of which the end is read too."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.first = options.get("batch_first", False)
+        self.cell = kind(2, 3, **options)
+        self.head = nn.LazyLinear(2, dtype=DTYPE)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 2]
+        out, state = self.cell(x if self.first else x.transpose(0, 1))
+        h = state[0] if isinstance(state, tuple) else state
+        out = out if self.first else out.transpose(0, 1)
+        return self.head(torch.cat([out.flatten(1), h.transpose(0, 1).flatten(1)], 1))
+
+
+class Cells(nn.Module):
+    """Cells, in a loop of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.LSTMCell(2, 3), nn.GRUCell(3, 3), nn.RNNCell(3, 2, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 2]
+        a, b, c = None, None, None
+        for part in x.unbind(1):
+            a = self.a(part, a)
+            b = self.b(a[0], b)
+            c = self.c(b, c)
+        return torch.cat([b, c], 1)
+
+
+RECURRENT = {
+    "lstm": (nn.LSTM, {}),
+    "lstm-all": (nn.LSTM, {"num_layers": 2, "bidirectional": True, "batch_first": True, "proj_size": 2}),
+    "lstm-bias-free": (nn.LSTM, {"bias": False, "num_layers": 2}),
+    "gru": (nn.GRU, {"batch_first": True, "bidirectional": True}),
+    "gru-deep": (nn.GRU, {"num_layers": 2}),
+    "rnn": (nn.RNN, {}),
+    "rnn-relu": (nn.RNN, {"nonlinearity": "relu", "batch_first": True}),
+}
+ATTENTION = {
+    "self": ("self", {"batch_first": True}),
+    "self-positions-first": ("self", {}),
+    "self-bias-free": ("self", {"bias": False}),
+    "keys": ("keys", {"batch_first": True}),
+    "cross": ("cross", {}),
+    "cross-batch-first": ("cross", {"batch_first": True}),
+    "separate": ("keys", {"kdim": 3, "vdim": 3, "bias": False}),
+    "zero": ("self", {"add_zero_attn": True}),
+}
+PACKED = ("chunk", "split", "slice", "one-row", "view")
+PRODUCTS = {
+    "operator": (5, 3),
+    "functions": (5, 3),
+    "addmm": (5, 2, 3),
+    "low-rank": (5, 2, 3),
+    "columns": (5, 3),
+    "columns-of-tokens": (5, 2, 3),
+    "slices": (5, 3),
+    "vector": (3,),
+}
 
 CASES = {
+    **{f"packed-{how}": Case(lambda how=how: Packed(how), (5, 3)) for how in PACKED},
+    **{
+        f"products-{how}": Case(lambda how=how: Products(how.removesuffix("-of-tokens")), shape)
+        for how, shape in PRODUCTS.items()
+    },
+    **{
+        f"attention-{name}": Case(lambda how=how, options=options: Attention(how, **options), (3, 3, 4))
+        for name, (how, options) in ATTENTION.items()
+    },
+    "attention-other-length": Case(lambda: Attention("self"), (3, 6, 4)),
+    "grouped-queries": Case(GroupedQueries, (3, 3, 4)),
+    **{
+        name: Case(lambda kind=kind, options=options: Recurrent(kind, **options), (3, 3, 2))
+        for name, (kind, options) in RECURRENT.items()
+    },
+    "cells": Case(Cells, (3, 4, 2)),
+    "slim-convolution": Case(SlimConvolution, (3, 2, 4)),
     "linear-1d": Case(lambda: nn.Linear(3, 2), (3,)),
     "linear-2d": Case(lambda: nn.Linear(3, 2), (5, 3)),
     "linear-3d": Case(lambda: nn.Linear(3, 2), (5, 4, 3)),
@@ -163,10 +376,31 @@ CASES = {
     **{f"conv1d-{name}": Case(conv(nn.Conv1d, options), (3, 4, 7)) for name, options in CONV1D.items()},
     **{f"conv2d-{name}": Case(conv(nn.Conv2d, options), (3, 4, 5, 6)) for name, options in CONV2D.items()},
 }
-UNBATCHED = {"linear-1d", "unbatched-conv1d", "unbatched-conv2d"}
+CASES |= {
+    f"{kind.__name__.lower()}-{name}": Case(conv(kind, options), shape)
+    for kind, table, shape in (
+        (nn.Conv3d, CONV3D, (2, 4, 3, 4, 3)),
+        (nn.ConvTranspose1d, TRANSPOSED1D, (3, 4, 5)),
+        (nn.ConvTranspose2d, TRANSPOSED2D, (3, 4, 3, 4)),
+        (nn.ConvTranspose3d, TRANSPOSED3D, (2, 4, 2, 3, 2)),
+    )
+    for name, options in table.items()
+}
+CASES["unbatched-conv3d"] = Case(lambda: nn.Conv3d(2, 3, 2), (2, 3, 3, 3))
+CASES["unbatched-transposed"] = Case(lambda: nn.ConvTranspose2d(2, 3, 2, stride=2), (2, 3, 3))
+UNBATCHED = {
+    "unbatched-conv3d",
+    "unbatched-transposed",
+    "linear-1d",
+    "products-vector",
+    "unbatched-conv1d",
+    "unbatched-conv2d",
+}
 
 
 def recorded(model: nn.Module, x: Tensor) -> tuple[Tape, Tensor]:
+    if any(map(nn.parameter.is_lazy, model.parameters())):
+        model(x)
     tape = Tape({name: p for name, p in model.named_parameters() if p.requires_grad})
     with tape.recording():
         z = model(x)
@@ -176,15 +410,20 @@ def recorded(model: nn.Module, x: Tensor) -> tuple[Tape, Tensor]:
 def by_rule(tape: Tape, z: Tensor, signals: Tensor, examples: int) -> dict[str, Tensor]:
     """Per-example gradients from the records, name by name."""
     found = {}
+    shapes = {name: tuple(p.shape) for name, p in tape._parameters.items()}
     for block, records in SignalPass(tape, (z,), (signals,), examples).records().items():
         a, g = merged(records)
         assert a.shape[:3] == g.shape[:3] == (examples, a.shape[1], block.groups)
         assert a.shape[3] == block.columns
         assert g.shape[3] == block.outputs
-        rows = torch.einsum("nsgo,nsgi->ngoi", g, a).flatten(1, 2)
-        found[block.weight] = rows[..., : block.inputs].flatten(1)
+        rows = torch.einsum("nsgo,nsgi->ngoi", g, a)
+        weight = rows[..., : block.inputs]
+        if block.transposed:
+            taps = math.prod(shapes[block.weight][2:])
+            weight = weight.unflatten(-1, (-1, taps)).transpose(-3, -2)
+        found[block.weight] = weight.flatten(1)
         if block.bias is not None:
-            found[block.bias] = rows[..., -1]
+            found[block.bias] = rows[..., -1].flatten(1)
     return found
 
 
@@ -208,7 +447,7 @@ def test_records_give_the_per_example_gradients(name: str) -> None:
             torch.testing.assert_close(rows[parameter], own)
         else:
             assert not own.any()  # no output depends on it
-            assert name == "detour"
+            assert name.startswith(("detour", "packed-", "products-"))
     assert not tape.uncovered
 
 

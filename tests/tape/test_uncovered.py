@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from natgrad.tape import Tape
 from natgrad.tape.passes import SignalPass
@@ -36,14 +37,59 @@ class Both(nn.Module):
 
 
 class Transposed(nn.Module):
-    """A weight used by a rule, and once more through its transpose."""
+    """A weight used by a rule, and once more in the other direction."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.linear(x)) @ self.linear.weight.T
+        return torch.tanh(self.linear(x)) @ self.linear.weight
+
+
+class InputSlice(nn.Module):
+    """A weight of which a call uses some columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x[:, :2], self.linear.weight[:, :2], self.linear.bias)
+
+
+class Strided(nn.Module):
+    """Every second row of a weight, and a slice of a bias that belongs to other rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.last = nn.Linear(3, 4), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x @ self.linear.weight[::2].T
+        return F.linear(hidden, self.last.weight[:2], self.last.bias[2:])
+
+
+class Scaled(nn.Module):
+    """A product with a factor, one with no vector to add, and one with a parameter for each position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v, self.b = (nn.Parameter(torch.randn(3, 3)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.b, torch.addmm(x, x, self.w, alpha=2.0), self.v)
+
+
+class LowRankFirst(nn.Module):
+    """Two parameters of which the product is the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, 1)), nn.Parameter(torch.randn(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.a @ self.b)
 
 
 class Queries(nn.Module):
@@ -94,12 +140,27 @@ class OnlyBias(nn.Module):
 
 
 class Attention(nn.Module):
+    """Three weights, and one bias for all."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.attention, self.last = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2)
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=3, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.attention(x, x, x, need_weights=False)[0])
+        return self.attention(x, x[..., :3], x[..., 1:])[0]
+
+
+class PackedSequences(nn.Module):
+    """A recurrent network of packed sequences, which are in an order of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRU(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.tensor([2, 3, 1, 3, 3])
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.cell(packed)[1][0]
 
 
 def real(*shape: int) -> Tensor:
@@ -110,6 +171,18 @@ CASES = {
     "einsum": (Einsum, real(5, 3), {"scale": "einsum"}),
     "both": (Both, real(5, 3), {"linear.weight": "mul beside a linear map"}),
     "transposed": (Transposed, real(5, 3), {"linear.weight": "matmul"}),
+    "input-slice": (
+        InputSlice,
+        real(5, 3),
+        {"linear.weight": "linear", "linear.bias": "linear"},
+    ),
+    "strided": (
+        Strided,
+        real(5, 3),
+        {"linear.weight": "matmul", "last.bias": "linear with the weight of another block"},
+    ),
+    "scaled": (Scaled, real(3, 3), {"w": "addmm", "v": "addmm", "b": "addmm"}),
+    "low-rank-first": (LowRankFirst, real(5, 3), {"a": "matmul", "b": "matmul"}),
     "queries": (Queries, real(5, 3), {"query": "matmul", "project.weight": "matmul"}),
     "second-bias": (SecondBias, real(5, 3), {"second.bias": "linear with the weight of another block"}),
     "shared-bias": (SharedBias, real(5, 3), {"first.bias": "linear with the weight of another block"}),
@@ -117,15 +190,12 @@ CASES = {
     "attention": (
         Attention,
         real(5, 3, 4),
-        {
-            f"attention.{name}": "multi_head_attention_forward"
-            for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-        },
+        {"attention.in_proj_bias": "linear with the weight of another block"},
     ),
-    "transposed-convolution": (
-        lambda: nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose1d(3, 2, 2)),
+    "packed-sequences": (
+        PackedSequences,
         real(5, 3, 4),
-        {"1.weight": "conv_transpose1d", "1.bias": "conv_transpose1d"},
+        {f"cell.{kind}_{part}_l0": "gru" for kind in ("weight", "bias") for part in ("ih", "hh")},
     ),
 }
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.errors import ConfigError, ModelChangedError, announce_coverage
+from natgrad.errors import ConfigError, ModelChangedError, announce
 from natgrad.information.data import BATCH_SIZE
 from natgrad.information.rest import Rest, joined
 from natgrad.information.survey import Progress, Sight, Survey, trainable
@@ -98,7 +98,7 @@ def fisher(
     with torch.inference_mode(False), torch.enable_grad(), plain, _shown(progress) as told:
         operator = surveyor.run(told)
     if surveyor.announced:
-        announce_coverage(surveyor.announced)
+        announce(surveyor.announced)
     return operator
 
 

@@ -182,15 +182,16 @@ class _EKFACEstimate(FactorEstimate):
             self._turning.took(step)
             self._turning.observed(self._sums())
 
-    def _eigenkronecker(self, weight: str) -> EigenKronecker:
+    def _block(self, weight: str) -> EigenKronecker:
         eigen, factors = self._eigen[weight], self._blocks[weight]
-        return EigenKronecker(factors.space, eigen.U_A, eigen.U_G, eigen.total / factors.examples)
+        S = eigen.total / factors.examples
+        return EigenKronecker(factors.space, eigen.U_A, eigen.U_G, S, factors.block.transposed)
 
     def operator(self) -> LinearOperator:
         self._settle()
         if self._empty:
             raise StepError("no eigenvalue was observed yet: run a forward pass and the loss before step()")
-        return self._with_diagonal([self._eigenkronecker(weight) for weight in self._eigen])
+        return self._with_diagonal([self._block(weight) for weight in self._eigen])
 
     def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
         self._settle(step)
@@ -200,7 +201,7 @@ class _EKFACEstimate(FactorEstimate):
         for weight in self._eigen:
             given = self._padded(self._blocks[weight].block, gradient)
             if given:
-                direction |= dict(self._eigenkronecker(weight).solve(given, damping))
+                direction |= dict(self._block(weight).solve(given, damping))
         return direction
 
     def state_dict(self) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class _KFACEstimate(FactorEstimate):
             inverse = self._inverses[weight]
             if inverse is None:
                 inverse = self._inverses[weight] = FactoredInverse(
-                    factors.space, *factors.averages(), damping
+                    factors.space, *factors.averages(), damping, transposed=factors.block.transposed
                 )
             given = self._padded(factors.block, gradient)
             if given:
@@ -114,7 +114,9 @@ class _KFACEstimate(FactorEstimate):
             A, G = factors.averages()
             inverse = self._inverses[weight]
             if inverse is None:
-                inverse = self._inverses[weight] = FactoredInverse(factors.space, A, G, damping)
+                inverse = self._inverses[weight] = FactoredInverse(
+                    factors.space, A, G, damping, transposed=factors.block.transposed
+                )
             else:
                 inverse.refresh(A, G, damping)
             stages = {side: s.value for side, s in inverse.stages.items() if s is not Stage.CHOLESKY}
@@ -142,7 +144,9 @@ class _KFACEstimate(FactorEstimate):
             factors.load_state_dict(saved)
             if saved["inverse"] is not None:
                 identity_A, identity_G = map(_identity, saved["inverse"])
-                inverse = FactoredInverse(factors.space, identity_A, identity_G, 0.0)
+                inverse = FactoredInverse(
+                    factors.space, identity_A, identity_G, 0.0, transposed=factors.block.transposed
+                )
                 inverse.A_inverse.copy_(saved["inverse"][0])
                 inverse.G_inverse.copy_(saved["inverse"][1])
                 self._inverses[weight] = inverse
@@ -156,14 +160,14 @@ def _product(factors: Factors) -> LinearOperator:
     """A ⊗ G of one block; in the eigenbasis of the other factor where one is a diagonal."""
     A, G = factors.averages()
     if A.ndim > 1 and G.ndim > 1:
-        return Kronecker(factors.space, A, G)
+        return Kronecker(factors.space, A, G, factors.block.transposed)
     (a, U_A), (g, U_G) = (
         (factor, None)
         if factor.ndim == 1
         else eigendecomposition(factor, layer=factors.space.label, factor=side)
         for factor, side in ((A, "A"), (G, "G"))
     )
-    return EigenKronecker(factors.space, U_A, U_G, g[:, None] * a)
+    return EigenKronecker(factors.space, U_A, U_G, g[:, None] * a, factors.block.transposed)
 
 
 def _identity(like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.linalg import accumulate_gram
+from natgrad.linalg import accumulate_gram, split
 from natgrad.operators import ParameterSpace
 from natgrad.tape.passes import SignalPass, merged
 
@@ -121,17 +121,22 @@ class Moments:
             inputs, signals = (rows.to(like.dtype) for rows in merged(records))
             if len(inputs) != signal_pass.examples:  # it acted on something that is not the batch
                 continue
-            if inputs.shape[1] == block.groups == 1:
+            if inputs.shape[1] == block.groups == 1 and not block.transposed:
                 space = ParameterSpace.of({name: self._parameters[name] for name in block.names})
                 part = Part(space, block.outputs, block.columns, True)
                 factored[part] = inputs[:, 0, 0], signals[:, 0, 0]
                 continue
             score = torch.einsum("nsgo,nsgi->ngoi", signals, inputs)
-            if block.bias is None:
-                scores[block.weight] = score.flatten(1)
-            else:
-                scores[block.weight] = score[..., :-1].flatten(1)
-                scores[block.bias] = score[..., -1].flatten(1)
+            weight, bias = split(
+                score if block.groups > 1 else score[:, 0],
+                like.shape,
+                bias=block.bias is not None,
+                groups=block.groups,
+                transposed=block.transposed,
+            )
+            scores[block.weight] = weight.flatten(1)
+            if block.bias is not None and bias is not None:
+                scores[block.bias] = bias
         known = {*scores, *(name for part in factored for name in part.space.names)}
         return factored, scores | _explicit(
             signal_pass, {name: p for name, p in self._parameters.items() if name not in known}

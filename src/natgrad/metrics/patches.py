@@ -50,6 +50,8 @@ def sum_of_patches(patches: Patches, weights: Float[Tensor, "n"]) -> Float[Tenso
 
 
 def _pixels_are_cheaper(patches: Patches) -> bool:
+    if len(patches.kernel) > 2:
+        return False
     _, channels, height, width = patches.images.shape
     channels //= patches.groups
     pixels, taps = channels * height * width, channels * height * patches.kernel[1]
@@ -60,7 +62,8 @@ def _pixels_are_cheaper(patches: Patches) -> bool:
 
 def _window_sums(patches: Patches, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "f f"]:
     _, c, h, w = images.shape
-    (rows, columns), (tall, wide) = patches.kernel, patches.shape
+    rows, columns = patches.kernel
+    tall, wide = patches.shape
     (down, across), (fall, reach) = patches.stride, patches.dilation
     moments = symmetric_gram(images.reshape(len(images), -1))
     pixels = c * h * w

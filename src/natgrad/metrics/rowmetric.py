@@ -90,8 +90,8 @@ class RowEstimate(WholeEstimate):
     def note(self, operator: RowOperator, damping: float) -> None:
         """Keeps which stage of the fallback a solution with an operator of these rows took."""
         stage = Stage.CHOLESKY
-        if isinstance(operator, Gram) and damping > 0:
-            _, stage = operator.cholesky(damping)
+        if isinstance(operator, Gram):
+            stage = operator.stage(damping)
         self.stages = {} if stage is Stage.CHOLESKY else {operator.space.label: {"JJᵀ": stage.value}}
 
     def state_dict(self) -> dict[str, Any]:

@@ -71,11 +71,13 @@ class LayerRows:
         weight: the weight's name; None where J has no such part.
         bias: likewise.
         uses: one or several, in which parts add up.
+        transposed: the weight is stored with its input axis first (see `linalg.kronecker`).
     """
 
     weight: str | None
     bias: str | None
     uses: tuple[Use, ...]
+    transposed: bool = False
 
     @property
     def simple(self) -> bool:
@@ -101,12 +103,12 @@ class LayerRows:
 
     def matmul(self, rows: Rows) -> Float[Tensor, "K c n"]:
         """J v for K vectors."""
-        g, o, f = self.sizes
+        g, o, _ = self.sizes
         name = self.weight or self.bias
         assert name is not None
         K, use = len(rows[name]), self.uses[0]
         result = rows[name].new_zeros(K, use.columns, len(use.reading))
-        maps = None if self.weight is None else rows[self.weight].reshape(K, g, o, f)
+        maps = None if self.weight is None else self._maps(rows[self.weight])
         shift = None if self.bias is None else rows[self.bias].reshape(1, K, g, o, 1)
         for use in self.uses:
             if maps is None and not use.biased:
@@ -138,13 +140,27 @@ class LayerRows:
                     shift += signals.sum((0, 4)).flatten(1)
         found: Rows = {}
         if self.weight is not None:
-            found[self.weight] = maps.flatten(1)
+            found[self.weight] = self._stored(maps).flatten(1)
         if self.bias is not None:
             found[self.bias] = shift
         return found
 
+    def _maps(self, weights: Float[Tensor, "K ..."]) -> Float[Tensor, "K g o f"]:
+        """K weights as they are stored, as linear maps."""
+        g, o, f = self.sizes
+        if not self.transposed:
+            return weights.reshape(len(weights), g, o, f)
+        taps = self.uses[0].reading.taps
+        return weights.reshape(len(weights), g, f // taps, o, taps).transpose(2, 3).flatten(3)
+
+    def _stored(self, maps: Float[Tensor, "*K g o f"]) -> Float[Tensor, "*K g x y"]:
+        """Linear maps in the order in which their weights are stored."""
+        if not self.transposed:
+            return maps
+        return maps.unflatten(-1, (-1, self.uses[0].reading.taps)).transpose(-3, -2).flatten(-2)
+
     def explicit(self, part: slice, outputs: slice = slice(None)) -> tuple[Tensor | None, Tensor | None]:
-        """The rows themselves of some examples: the weight's [n, g, c, o, f], and the bias's [n, g, c, o]."""
+        """The rows themselves of some examples: those of the map [n, g, c, o, f], and of the bias [n, g, c, o]."""
         weight: Tensor | None = None
         bias: Tensor | None = None
         for use in self.uses:
@@ -178,8 +194,15 @@ class LayerRows:
                     maps += weight.square_().sum((0, 2))
                 if bias is not None:
                     shift += bias.square().sum((0, 2))
-        found = {} if self.weight is None else {self.weight: maps}
+        found = {} if self.weight is None else {self.weight: self._stored(maps)}
         return found if self.bias is None else found | {self.bias: shift}
+
+    def flat(self, part: slice) -> dict[str, Float[Tensor, "c n p"]]:
+        """The rows themselves of some examples, by parameter."""
+        weight, bias = self.explicit(part)
+        stored = None if weight is None else self._stored(weight.movedim(2, 0))
+        found = {self.weight: stored, self.bias: None if bias is None else bias.movedim(2, 0)}
+        return {name: own.flatten(2) for name, own in found.items() if name is not None and own is not None}
 
     def map_tensors(
         self, change: Callable[[Tensor], Tensor], reading: Callable[[Reading], Reading]
@@ -300,9 +323,7 @@ class BatchRows:
         """J itself for some examples, by parameter."""
         found: dict[str, Tensor] = {}
         for layer in self.layers:
-            for name, own in zip((layer.weight, layer.bias), layer.explicit(part), strict=True):
-                if name is not None and own is not None:  # [n, g, c, o, (f)] → [c, n, g·o·f]
-                    found[name] = own.movedim(2, 0).flatten(2) * self.scale
+            found |= {name: own * self.scale for name, own in layer.flat(part).items()}
         return found | {
             name: own[:, part].reshape(self.columns, -1, own[0, 0].numel()) * self.scale
             for name, own in self.rest.items()

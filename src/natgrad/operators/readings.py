@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_weight
+from torch.nn.grad import conv2d_weight, conv3d_weight
 
 
 class Reading(abc.ABC):
@@ -26,11 +26,13 @@ class Reading(abc.ABC):
         groups: g; each has its own part of the inputs and of the outputs.
         features: f, of one group.
         positions: s.
+        taps: how many of the features each channel of the input has: the size of a kernel.
     """
 
     groups: int
     features: int
     positions: int
+    taps: int
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -73,6 +75,7 @@ class Positions(Reading):
 
     values: Float[Tensor, "n s gf"]
     groups: int = 1
+    taps = 1
 
     @property
     def features(self) -> int:  # type: ignore[override]
@@ -122,30 +125,34 @@ class Patches(Reading):
     """The patches of images that a convolution without padding reads; of signals in time, as images one pixel high.
 
     Attributes:
-        images: padded already.
-        kernel: height and width.
-        stride: in both directions.
-        dilation: in both directions.
+        images: padded already; of two spatial dimensions or three.
+        kernel: its size in each.
+        stride: in each.
+        dilation: in each.
         groups: g.
     """
 
-    images: Float[Tensor, "n c h w"]
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
+    images: Float[Tensor, "n c *space"]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int = 1
 
     @property
-    def features(self) -> int:  # type: ignore[override]
-        """f = c/g · height · width of the kernel."""
-        return self.images.shape[1] // self.groups * math.prod(self.kernel)
+    def taps(self) -> int:  # type: ignore[override]
+        """The size of the kernel."""
+        return math.prod(self.kernel)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width of the convolution's result."""
+    def features(self) -> int:  # type: ignore[override]
+        """f = c/g · taps."""
+        return self.images.shape[1] // self.groups * self.taps
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The spatial shape of the convolution's result."""
         sizes = zip(self.images.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
-        height, width = ((size - d * (k - 1) - 1) // s + 1 for size, k, s, d in sizes)
-        return height, width
+        return tuple((size - d * (k - 1) - 1) // s + 1 for size, k, s, d in sizes)
 
     @property
     def positions(self) -> int:  # type: ignore[override]
@@ -159,17 +166,21 @@ class Patches(Reading):
         # A copy of a strided view takes a fifth of the time of `F.unfold`, which runs on one thread (measured on images
         # 1 x 28 x 28 and 6 x 12 x 12, kernel 5).
         x = self.images[examples]
-        (height, width), (down, across) = x.stride()[2:], self.stride
-        steps = (height * self.dilation[0], width * self.dilation[1], height * down, width * across)
+        steps = x.stride()[2:]
+        within = (step * d for step, d in zip(steps, self.dilation, strict=True))
+        between = (step * s for step, s in zip(steps, self.stride, strict=True))
         view = x.as_strided(
-            (*x.shape[:2], *self.kernel, *self.shape), (*x.stride()[:2], *steps), x.storage_offset()
+            (*x.shape[:2], *self.kernel, *self.shape),
+            (*x.stride()[:2], *within, *between),
+            x.storage_offset(),
         )
         return view.reshape(len(x), self.groups, self.features, -1)
 
     def apply(self, maps: Tensor, examples: slice) -> Tensor:
         K, g, o, _ = maps.shape
         kernels = maps.transpose(0, 1).reshape(g * K * o, -1, *self.kernel)
-        image = F.conv2d(self.images[examples], kernels, stride=self.stride, dilation=self.dilation, groups=g)
+        convolve = F.conv2d if len(self.kernel) == 2 else F.conv3d
+        image = convolve(self.images[examples], kernels, stride=self.stride, dilation=self.dilation, groups=g)
         return image.view(len(image), g, K, o, -1).transpose(1, 2)
 
     def gather(self, signals: Tensor, examples: slice) -> Tensor:
@@ -177,7 +188,8 @@ class Patches(Reading):
         images = self.images[examples]
         back = signals.transpose(1, 2).reshape(n, g * K * o, *self.shape)
         size = (g * K * o, images.shape[1] // g, *self.kernel)
-        weights = conv2d_weight(
+        derivative = conv2d_weight if len(self.kernel) == 2 else conv3d_weight
+        weights = derivative(
             images, size, back, stride=self.stride, padding=0, dilation=self.dilation, groups=g
         )
         return weights.view(g, K, o, -1).transpose(0, 1)

@@ -220,7 +220,8 @@ class FactoredRows:
                     last = positions_first(signals)
                     tensors[f"{key}.signals"] = signals.movedim(4, 1) if last else signals
                     uses.append({"reading": meta, "positions_first": last, "biased": use.biased})
-                layers.append({"weight": layer.weight, "bias": layer.bias, "uses": uses})
+                names = {"weight": layer.weight, "bias": layer.bias, "transposed": layer.transposed}
+                layers.append(names | {"uses": uses})
             tensors |= {f"{i}.rest.{name}": own for name, own in batch.rest.items()}
             sizes = {"columns": batch.columns, "examples": batch.examples, "scale": batch.scale}
             batches.append(sizes | {"layers": layers, "rest": list(batch.rest)})
@@ -245,7 +246,8 @@ class FactoredRows:
                     signals = signals.movedim(1, 4) if use["positions_first"] else signals
                     reading = reading_from(tensors[f"{i}.{j}.{k}.inputs"], use["reading"])
                     uses.append(Use(reading, signals, use["biased"]))
-                layers.append(LayerRows(layer["weight"], layer["bias"], tuple(uses)))
+                transposed = layer.get("transposed", False)
+                layers.append(LayerRows(layer["weight"], layer["bias"], tuple(uses), transposed))
             rest = {name: tensors[f"{i}.rest.{name}"] for name in batch["rest"]}
             batches.append(
                 BatchRows(batch["columns"], batch["examples"], tuple(layers), rest, batch["scale"])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.errors import ConfigError, NonFiniteError, StepError
+from natgrad.errors import ConfigError, NonFiniteError, StallWarning, StepError, announce
 from natgrad.likelihoods import Residuals
 from natgrad.operators import ParameterSpace
 from natgrad.optim.linearised import Linearised
@@ -65,12 +65,28 @@ class LeastSquaresSteps(Plumbing):
         if decision.update is not None:
             self._require_finite_update(decision.update)
             problem.move(decision.update)
+        else:
+            self._say_stalled(problem.loss)
         if decision.direction is not None:
             self._remember(problem.space, decision.direction)
         self._curvature.fall_back()
         self.damping = decision.following
         self._finish(record)
         return torch.tensor(problem.loss, dtype=problem.residuals.dtype)
+
+    def _say_stalled(self, loss: float) -> None:
+        """Once a run, to whoever goes on after a stalled step: `info.stalled` has told it then."""
+        if self._stall_said or not self.info.stalled or loss == 0:
+            return
+        self._stall_said = True
+        announce(
+            f"nothing that was tried lowers the loss of {loss:.3g}, for the second step in a row "
+            "(optimizer.info.stalled), so that nothing moves. It is a minimum, or as low as rounding lets it; if it "
+            "should be lower, begin at other parameters (another seed), give the model more, or work in float64",
+            StallWarning,
+        )
+
+    _stall_said = False
 
     def _decide(self, problem: Linearised) -> Decision:
         previous = self._recall(problem.space)

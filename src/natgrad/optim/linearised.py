@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from natgrad.errors import NonFiniteError, StepError, announce_coverage
+from natgrad.errors import NonFiniteError, StepError, announce
 from natgrad.likelihoods import ResidualBlock, Residuals
 from natgrad.metrics.rowmetric import RowEstimate
 from natgrad.operators import ParameterSpace, Rectangular, RowOperator
@@ -135,7 +135,7 @@ class Linearised(LeastSquares):
         for tape in self._curvature.tapes:
             for name in wrong:
                 tape.uncovered[name] = "points that depend on one another"
-        announce_coverage(
+        announce(
             f"points depend on one another through {', '.join(wrong)}: per-example gradients are taken for these, "
             "which is slower"
         )

@@ -28,6 +28,7 @@ from natgrad.steps import (
     ConstantDamping,
     Damping,
     FixedStep,
+    Grafted,
     NoiseFloor,
     Promise,
     ResidualStep,
@@ -123,9 +124,11 @@ class Plumbing(torch.optim.Optimizer):
             raise ConfigError(
                 "the decay of weights is a residual too: return {..., 'decay': η**0.5 * θ} beside yours"
             )
+        if isinstance(self.step_size, Grafted) and not isinstance(self.damping_rule, ConstantDamping):
+            raise ConfigError("Grafted leaves no step to measure: give a number as damping beside it")
         if isinstance(self.step_size, TrustRegion):
             self._check_trust_region(fallback)
-        default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0
+        default_lr = self.step_size.lr if isinstance(self.step_size, (FixedStep, Grafted)) else 1.0
         self._built = False
         super().__init__(self._members.groups, {"lr": default_lr})
         self._built = True

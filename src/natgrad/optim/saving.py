@@ -42,6 +42,8 @@ def save_state(optimizer: Plumbing, base: dict[str, Any]) -> dict[str, Any]:
         "generator": curvature.generator.get_state(),
         "estimates": [estimate.state_dict() for _, estimate, _ in curvature.estimates],
         "blocks": [dict(tape.blocks) for _, _, tape in curvature.estimates],
+        "elements": [dict(tape.elements) for _, _, tape in curvature.estimates],
+        "remainder": curvature.remainder.state_dict(),
         "uncovered": [dict(tape.uncovered) for _, _, tape in curvature.estimates],
         "fallback": None if fallback is None else (curvature.fallback_names, fallback.state_dict()),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from natgrad.operators.layerrows import Use
-from natgrad.operators.readings import Patches, Positions
+from natgrad.operators.readings import Positions
 from natgrad.tape.records import Block
 from natgrad.tape.rules import ConvolutionGeometry, Geometry, LinearGeometry
 
@@ -41,24 +41,13 @@ class LayerColumns:
         geometry, examples = self.geometry, self.examples
         raw, signals = self.raw_inputs.to(dtype), [g.to(dtype) for g in self.raw_signals]
         if isinstance(geometry, ConvolutionGeometry):
-            spatial = len(geometry.kernel)
-            if raw.dim() == spatial + 1:  # no batch dimension
-                raw, signals = raw[None], [g[None] for g in signals]
-            if len(raw) != examples:
+            reading = geometry.reading(raw)
+            if len(reading) != examples:
                 return None
-            height = (1,) * (2 - spatial)  # a signal in time is an image one pixel high
-            if any(side for pair in geometry.padding for side in pair):
-                raw = torch.nn.functional.pad(
-                    raw, [side for pair in reversed(geometry.padding) for side in pair]
-                )
-            reading = Patches(
-                raw.reshape(*raw.shape[:2], *height, *raw.shape[2:]),
-                _pair(height + geometry.kernel),
-                _pair(height + geometry.stride),
-                _pair(height + geometry.dilation),
-                geometry.groups,
+            columns = tuple(
+                geometry.signals(g, examples).transpose(1, 2).unflatten(1, (geometry.groups, -1))
+                for g in signals
             )
-            columns = tuple(g.reshape(examples, geometry.groups, -1, reading.positions) for g in signals)
             return Use(reading, columns, self.has_bias)
         inputs = geometry.inputs(raw, examples)
         if len(inputs) != examples or (raw.dim() == 1 and not isinstance(geometry, LinearGeometry)):
@@ -107,8 +96,3 @@ def _one(
     outputs: Sequence[Tensor], edges: Sequence[GradientEdge], signals: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     return torch.autograd.grad(outputs, edges, signals, retain_graph=True, allow_unused=True)
-
-
-def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
-    height, width = sizes
-    return height, width

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from natgrad.errors import OutputError
+from natgrad.tape.decompose import Unfused
 from natgrad.tape.substitute import call_with
 
 Outputs = tuple[Tensor, ...]
@@ -128,8 +129,8 @@ def jacobian_products(
     state = torch.get_rng_state()
     _load_forward_mode()
     for tangent in tangents:
-        # Of attention's kernels only the plain one has a forward-mode derivative.
-        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        # Of attention's kernels only the plain one has a forward-mode derivative; of recurrent networks' none.
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), Unfused():
             duals = {
                 name: forward_ad.make_dual(value.detach(), tangent[name])
                 if name in tangent

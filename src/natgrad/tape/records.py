@@ -19,10 +19,11 @@ class Block:
     Attributes:
         weight: the weight's name; it is the block's name too.
         bias: the bias' name, or None.
-        rule: the kind of call: ``"linear"``, ``"conv1d"``, ``"conv2d"``.
+        rule: the kind of call: ``"linear"``, ``"matmul"``, ``"conv2d"``, ...
         groups: the number of groups; each has its own pair of factors.
         inputs: features each output reads, within a group, without the homogeneous coordinate.
         outputs: features that each group writes.
+        transposed: the weight is stored with its input axis first (see `linalg.kronecker`).
     """
 
     weight: str
@@ -31,6 +32,7 @@ class Block:
     groups: int
     inputs: int
     outputs: int
+    transposed: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

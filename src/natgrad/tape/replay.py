@@ -10,7 +10,6 @@ each vector and product, and no memory between them.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from natgrad.errors import OutputError
 from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import bare
+from natgrad.tape.decompose import Unfused
 from natgrad.tape.jacobian import Batch, Outputs, _load_forward_mode, _undisturbed
 from natgrad.tape.output_curvature import InOutputs, batched_grad, loops_allowed, times
 from natgrad.tape.output_curvature import of_likelihood as of_likelihood
@@ -142,9 +142,8 @@ class Replay:
         model = _Function(snapshot, tuple(names), batch, find_outputs, _state(rng_state))
 
         def product(rows: Rows) -> Rows:
-            with sdpa_kernel(
-                SDPBackend.MATH
-            ):  # of attention's kernels only this one can be differentiated twice
+            # Of attention's kernels only this one can be differentiated twice; of recurrent networks' none.
+            with sdpa_kernel(SDPBackend.MATH), Unfused():
                 parameters = model.leaves()
                 z = model(parameters)
                 loss = likelihood.loss(bare(z), batch.targets)
@@ -207,11 +206,6 @@ class _Function:
             pass
         try:
             return self._twice_reverse(rows)
-        except RuntimeError:  # an oneDNN kernel, such as that of LSTMs; the plain one has derivatives
-            pass
-        try:
-            with _without_onednn():
-                return self._twice_reverse(rows)
         except RuntimeError as error:
             raise OutputError(
                 "products with the curvature need forward-mode derivatives, or second ones, and an operation of the "
@@ -225,14 +219,14 @@ class _Function:
         def one(tangent: Rows) -> tuple[Outputs, Outputs]:
             return cast("tuple[Outputs, Outputs]", torch.func.jvp(self, (point,), (tangent,)))
 
-        # Of attention's kernels only the plain one has a forward-mode derivative.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), loops_allowed():
+        # Of attention's kernels only the plain one has a forward-mode derivative; of recurrent networks' none.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Unfused(), loops_allowed():
             z, images = torch.func.vmap(one, randomness="same")(rows)
         return tuple(part[0] for part in z), images
 
     def _twice_reverse(self, rows: Rows) -> tuple[Outputs, Outputs]:
         # Jᵀu is linear in u, and its derivative is J.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Unfused():
             parameters = self.leaves()
             z = self(parameters)
             count = len(rows[self.names[0]])
@@ -300,14 +294,6 @@ def _require_adjoint(images: Sequence[Tensor], u: Sequence[Tensor], back: Rows, 
     scale = lengths[0] * lengths[1] + lengths[2] * lengths[3]
     if abs(forward - reverse) > torch.finfo(u[0].dtype).eps ** 0.6 * scale:
         raise RuntimeError("a function can be differentiated only once")
-
-
-@contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
-    with warnings.catch_warnings():  # that it also says something about other machines
-        warnings.filterwarnings("ignore", "TF32 acceleration", UserWarning)
-        with torch.backends.mkldnn.flags(enabled=False):
-            yield
 
 
 def _state(rng_state: Tensor | None) -> Tensor:

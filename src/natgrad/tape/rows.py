@@ -95,7 +95,7 @@ def explain(
         bias = block.bias if block.bias in parameters else None
         explained.update(block.names)
         if block.weight not in acted:
-            layers.append(LayerRows(block.weight, bias, tuple(whole)))
+            layers.append(LayerRows(block.weight, bias, tuple(whole), block.transposed))
             continue
         tied.append((LayerRows(block.weight, None, tuple(whole)), acted.pop(block.weight)))
         if bias is not None:

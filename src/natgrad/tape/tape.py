@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,15 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.tape.columns import LayerColumns, send_back
+from natgrad.tape.decompose import POSITIONS_FIRST, is_packed, parts_of
 from natgrad.tape.elements import ElementColumns
 from natgrad.tape.finite import require_finite
 from natgrad.tape.loudness import loudness, unscaled
 from natgrad.tape.records import Block, LayerRecord
-from natgrad.tape.rules import RULES, Geometry, Use
+from natgrad.tape.rules import RULES, Geometry, LinearGeometry, Use
 from natgrad.tape.tracking import Terminal, Tracker, UnexplainedError
 from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, transforms, unwrapped
+from natgrad.tape.views import is_part, places, source
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class _Listener(TorchFunctionMode):
             if getattr(kind, "decomposes_torch_functions", False):
                 with self:  # heard are the functions that this one is made of
                     return kind.__torch_function__(func, types, args, kwargs or {})
+        parts = None if transforms() or is_packed(func, args) else parts_of(func, args)
+        if parts is not None:
+            with self, self._tape._positions_first(func in POSITIONS_FIRST):
+                return parts(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         self._tape._heard(func, args, kwargs or {}, result)
         return result
@@ -84,6 +90,7 @@ class Tape:
         self.uncovered: dict[str, str] = {}
         self._calls: list[Call] = []
         self._tracker = Tracker(parameters)
+        self._examples_second = False
 
     @contextmanager
     def recording(self) -> Iterator[Tape]:
@@ -187,7 +194,9 @@ class Tape:
             except UnexplainedError as error:
                 self.uncovered[name] = str(error)
                 continue
-            if ends and self._in_a_map(name) and not all(end.looks_up(parameter) for end in ends):
+            own = self.blocks.get(name)
+            table = (own is None or not own.transposed) and all(end.looks_up(parameter) for end in ends)
+            if ends and self._in_a_map(name) and not table:
                 self.uncovered[name] = f"{ends[0].function} beside a linear map"
             elif ends:
                 found[name] = ends
@@ -261,18 +270,22 @@ class Tape:
         rest: Any = (args, tuple(kwargs.values()))
         if rule is not None and not transforms():
             use = rule(*args, **kwargs)
-            if id(use.weight) in self._names:
-                self._note(use, result)
+            if use is not None and self._note(use, result):
                 # A parameter as input acts outside the rule, and takes the weight with it: no row is an example's.
                 rest = (use.raw_input,)
-                if id(use.raw_input) in self._names:
+                if self._name(use.raw_input) is not None:
                     rest = (use.raw_input, use.weight)
         if transforms():
             for tensor in _tensors(rest):
-                if _acts(result):
-                    self._uncover(tensor, _name_of(func))
+                name = self._name(tensor)
+                if name is not None and _acts(result, self._parameters[name]):
+                    self.uncovered.setdefault(name, _name_of(func))
         else:
             self._tracker.heard(func, _name_of(func), _tensors(rest), args, kwargs, result)
+
+    def _name(self, tensor: Tensor) -> str | None:
+        """The name of the parameter that a tensor is, or is a view of."""
+        return self._names.get(id(source(tensor)))
 
     def _tell_unheard(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Lists parameters that act by derivatives of this call too, in nodes of the graph that no function made."""
@@ -290,45 +303,67 @@ class Tape:
         if name is not None:
             self.uncovered.setdefault(name, reason)
 
-    def _note(self, use: Use, result: Tensor) -> None:
-        weight = self._names[id(use.weight)]
-        bias = None if use.bias is None else self._names.get(id(use.bias))
-        known = self.blocks.get(weight)
+    @contextmanager
+    def _positions_first(self, now: bool) -> Iterator[None]:
+        """Whether positions come before examples in what linear maps are given."""
+        before, self._examples_second = self._examples_second, now
+        try:
+            yield
+        finally:
+            self._examples_second = before
+
+    def _note(self, use: Use, result: Tensor) -> bool:
+        """Makes a call of it, unless its weight is no parameter's map."""
+        weight = self._name(use.weight)
+        if weight is None:
+            return False
+        parameter, known = source(use.weight), self.blocks.get(weight)
+        place = next(
+            (p for p in places(use, parameter) if known is None or p.transposed == known.transposed), None
+        )
         groups = use.geometry.groups
+        if place is None or (known is not None and known.groups != groups):
+            return False
+        outputs = parameter.shape[1] * groups if place.transposed else parameter.shape[0]
+        bias = None if use.bias is None else self._name(use.bias)
+        if use.bias is not None and bias is not None:
+            fits = is_part(use.bias, source(use.bias), place.start, outputs)
+            taken = known is None and any(bias in block.names for block in self.blocks.values())
+            if not fits or taken or (known is not None and known.bias != bias):
+                # A second bias on a shared weight has no place in the block.
+                kind = use.geometry.name if known is None else known.rule
+                self.uncovered.setdefault(bias, f"{kind} with the weight of another block")
+                bias = None
         if known is None:
-            bias_taken = bias is not None and any(bias in b.names for b in self.blocks.values())
-            block = Block(
-                weight,
-                None if bias_taken else bias,
-                use.geometry.name,
-                groups,
-                use.weight[0].numel(),
-                use.weight.shape[0] // groups,
+            inputs = parameter.numel() // outputs
+            known = Block(
+                weight, bias, use.geometry.name, groups, inputs, outputs // groups, place.transposed
             )
-            self.blocks[weight] = known = block
-        if (
-            bias is not None and bias != known.bias
-        ):  # a second bias on a shared weight has no place in the block
-            self.uncovered.setdefault(bias, f"{known.rule} with the weight of another block")
+            self.blocks[weight] = known
         if isinstance(result, Tensor) and result.requires_grad:
+            rows = use.weight.shape[1 if use.transposed else 0] * (groups if use.transposed else 1)
+            geometry = use.geometry.within(place.start, outputs - place.start - rows)
+            if self._examples_second and isinstance(geometry, LinearGeometry):
+                geometry = replace(geometry, examples_second=True)
             # An edge, not the tensor: an in-place activation would move the tensor's place in the graph.
             edge = get_gradient_edge(result)
             self._calls.append(
                 Call(
                     known,
-                    use.geometry,
+                    geometry,
                     use.raw_input.detach(),
                     edge,
-                    bias is not None and bias == known.bias,
+                    bias is not None,
                     result.numel() * result.element_size(),
                     result.dtype == torch.float16,
                 )
             )
+        return True
 
 
-def _acts(result: Any) -> bool:
-    """Whether a call passed a parameter on to the graph; asking for its shape, or for a detached copy, does not."""
-    return any(tensor.grad_fn is not None for tensor in _tensors(result))
+def _acts(result: Any, parameter: Tensor) -> bool:
+    """Whether a call passed a parameter on to the graph; asking for its shape, a view or a detached copy does not."""
+    return any(t.grad_fn is not None and source(t) is not parameter for t in _tensors(result))
 
 
 def _name_of(func: Any) -> str:

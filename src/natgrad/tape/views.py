@@ -1,0 +1,81 @@
+"""Views of a parameter act as the parameter: slices of a packed weight, and its transpose.
+
+A view lies in its parameter's memory, so that offset and strides say which rows of the linear map it is, and whether
+the map is stored by columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.tape.rules import LinearGeometry, Use
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rows of a parameter's linear map a call used.
+
+    Attributes:
+        start: the first one.
+        transposed: the parameter is stored with its input axis first.
+    """
+
+    start: int
+    transposed: bool
+
+
+def source(tensor: Tensor) -> Tensor:
+    """What a tensor is a view of; itself if it is none."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def places(use: Use, parameter: Tensor) -> Iterator[Place]:
+    """The places of a call's weight in a parameter, of which it is a view: more than one only for matrices of one row.
+
+    Args:
+        use: the call.
+        parameter: the source of the call's weight.
+    """
+    weight = use.weight
+    if not isinstance(use.geometry, LinearGeometry):
+        if weight.shape == parameter.shape and weight.stride() == parameter.stride():
+            yield Place(0, use.transposed)
+        elif not use.transposed and use.geometry.groups == 1 and weight.dim() == parameter.dim():
+            yield from _starts(weight.flatten(1), parameter, False) if weight[0].is_contiguous() else ()
+    elif weight is parameter and parameter.dim() > 1:
+        yield Place(0, use.transposed)
+    elif parameter.dim() > 1:
+        used = weight.mT if use.transposed else weight
+        if parameter[0].is_contiguous():
+            yield from _starts(used, parameter, False)
+        if parameter.dim() == 2:
+            yield from _starts(used, parameter.mT, True)
+
+
+def _starts(used: Float[Tensor, "o f"], whole: Tensor, transposed: bool) -> Iterator[Place]:
+    """Where some rows begin in a matrix, all in one memory; nowhere if they are not whole rows of it."""
+    matrix = whole.detach() if whole.dim() == 2 else whole.detach().flatten(1)
+    start, left = divmod(int(used.storage_offset() - matrix.storage_offset()), max(matrix.stride(0), 1))
+    aligned = all(
+        step == other or size == 1
+        for step, other, size in zip(used.stride(), matrix.stride(), used.shape, strict=True)
+    )
+    if aligned and not left and used.shape[1] == matrix.shape[1] and start + len(used) <= len(matrix):
+        yield Place(start, transposed)
+
+
+def is_part(bias: Tensor, parameter: Tensor, start: int, outputs: int) -> bool:
+    """Whether a call's bias is the part of a parameter that belongs to the rows from `start`.
+
+    Args:
+        bias: the call's.
+        parameter: its source.
+        start: the first row that the call used.
+        outputs: how many rows the map has in all.
+    """
+    offset = bias.storage_offset() - parameter.storage_offset()
+    return parameter.shape == (outputs,) and bias.dim() == 1 and offset == start * parameter.stride(0)
