@@ -139,6 +139,24 @@ def test_running_statistics_are_not_counted_twice(way: str) -> None:
         torch.testing.assert_close(mine, its)
 
 
+def test_two_optimisers_of_one_model_leave_the_compiler_and_checkpoints_as_they_were() -> None:
+    backend, count = counting()
+    compiled, loss = torch.compile(Net(), backend=backend), nn.CrossEntropyLoss()
+    whole = torch.utils.checkpoint.CheckpointFunction
+    both = [natgrad.NaturalGradient(compiled, loss, lr=0.1) for _ in range(2)]
+    for x, y in batches(2):
+        loss(compiled(x), y).backward()
+        for optimizer in both:
+            optimizer.step()
+        both[0].zero_grad()
+        both[1].zero_grad()
+    assert count[0] == 0  # every step was due
+    with torch.no_grad():
+        compiled(x)
+    assert count[0] == 1
+    assert torch.utils.checkpoint.CheckpointFunction is whole
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")

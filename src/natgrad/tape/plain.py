@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -35,22 +35,45 @@ def within_compiled() -> bool:
     return False
 
 
+class _Plain:
+    """How many passes are plain just now: two optimisers of one model don't end theirs in the order of a stack."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._undo = ExitStack()
+
+    def begin(self) -> None:
+        """The first one changes torch."""
+        self._count += 1
+        if self._count > 1:
+            return
+        reentrant = checkpoint.CheckpointFunction
+        self._undo.callback(setattr, checkpoint, "CheckpointFunction", reentrant)
+        checkpoint.CheckpointFunction = _NotReentrant  # type: ignore[misc,assignment]
+        if "torch._dynamo" in sys.modules:  # else nobody compiles
+            self._undo.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def end(self) -> None:
+        """The last one changes it back."""
+        self._count -= 1
+        if not self._count:
+            self._undo.close()
+
+
+_PLAIN = _Plain()
+
+
 @contextmanager
 def plain_pass() -> Iterator[None]:
     """Models that are called inside are not compiled, and their reentrant checkpoints are the other kind.
 
     The reentrant kind runs without a graph, so that nothing could be recorded, and knows no derivative of forward mode.
     """
-    reentrant = checkpoint.CheckpointFunction
-    checkpoint.CheckpointFunction = _NotReentrant  # type: ignore[misc,assignment]
+    _PLAIN.begin()
     try:
-        if "torch._dynamo" in sys.modules:
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        else:  # nobody compiles
-            yield
+        yield
     finally:
-        checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
+        _PLAIN.end()
 
 
 class _NotReentrant:
