@@ -11,16 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.tape.columns import LayerColumns, send_back
-from natgrad.tape.decompose import POSITIONS_FIRST, is_packed, parts_of
+from natgrad.tape.decompose import POSITIONS_FIRST, audible_parts_of
 from natgrad.tape.finite import require_finite
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.rules import RULES, Geometry, LinearGeometry, Use
-from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, transforms, unwrapped
+from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, require_open, transforms, unwrapped
 from natgrad.tape.views import is_part, places, source
 
 
@@ -48,7 +49,7 @@ class _Listener(TorchFunctionMode):
             if getattr(kind, "decomposes_torch_functions", False):
                 with self:  # heard are the functions that this one is made of
                     return kind.__torch_function__(func, types, args, kwargs or {})
-        parts = None if transforms() or is_packed(func, args) else parts_of(func, args)
+        parts = None if transforms() else audible_parts_of(func, args)
         if parts is not None:
             with self, self._tape._positions_first(func in POSITIONS_FIRST):
                 return parts(*args, **(kwargs or {}))
@@ -75,6 +76,7 @@ class Tape:
         self.uncovered: dict[str, str] = {}
         self._calls: list[Call] = []
         self._examples_second = False
+        self._hidden = False  # whether anything was ever called where no graph is made
 
     @contextmanager
     def recording(self) -> Iterator[Tape]:
@@ -102,6 +104,7 @@ class Tape:
 
         Raises:
             NonFiniteError: an input or a signal is not finite; says of which block.
+            OutputError: signals can't be sent back.
         """
         reached = self._sent_back(outputs, [signals], names)
         require_finite((call.block.weight, x) for call, (g,) in reached for x in (call.raw_inputs, g))
@@ -140,6 +143,8 @@ class Tape:
         wanted = self.blocks.keys() if names is None else set(names)
         calls = [call for call in self._calls if call.block.weight in wanted]
         live = [z for z in outputs if z.requires_grad]
+        if self._hidden:
+            require_open(live)
         if not calls or not live:
             return []
         found = send_back(
@@ -178,6 +183,7 @@ class Tape:
 
     def _heard(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         self._tell_unheard(func, args, kwargs, result)
+        self._hidden |= not torch.is_grad_enabled()
         rule = RULES.get(func)
         if rule is not None and not transforms():
             use = rule(*args, **kwargs)
