@@ -19,7 +19,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,25 +26,12 @@ import torch
 from torch import Tensor, nn
 
 import natgrad
-from natgrad import pde
+from natgrad.lab.equations import EQUATIONS, SIDE, Equation
+from natgrad.lab.problem import sum_of_squares
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # Adam's, each tried for a part of the seconds from another network
 PART = 0.25
-K = 20.0  # Helmholtz's wave number, 3.2 waves to the side of the square
-
 Residuals = dict[str, Tensor]
-
-
-class Equation(NamedTuple):
-    """A problem whose solution is known."""
-
-    net: Callable[[], nn.Module]
-    solution: Callable[[Tensor], Tensor]  # [N, d] to [N, 1]
-    points: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # inside and on the boundary
-    residuals: Callable[[nn.Module, Tensor, Tensor], Residuals]
-    dimensions: int
-    seconds: float  # of each method
-    fresh: bool = False  # points are drawn anew in each step
 
 
 class Run(NamedTuple):
@@ -54,123 +40,6 @@ class Run(NamedTuple):
     seconds: list[float]
     errors: list[float]
     steps: int
-
-
-class Sine(nn.Module):
-    """Sin z."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Elementwise."""
-        return torch.sin(z)
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    """A multilayer perceptron with tanh, in float64."""
-    layers: list[nn.Module] = []
-    for wide, narrow in pairwise(widths):
-        layers += [nn.Linear(wide, narrow), nn.Tanh()]
-    return nn.Sequential(*layers[:-1]).double()
-
-
-def waves(features: int) -> nn.Sequential:
-    """One layer of sines, whose wave vectors start in a disc of radius about k."""
-    net = nn.Sequential(nn.Linear(2, features), Sine(), nn.Linear(features, 1)).double()
-    with torch.no_grad():
-        net[0].weight.normal_(0, K / math.sqrt(2))
-        net[0].bias.uniform_(-math.pi, math.pi)
-    return net
-
-
-def grid(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """n² points inside the unit square, and n on each side."""
-    t = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    zero, one = torch.zeros_like(t), torch.ones_like(t)
-    sides = [torch.stack(side, 1) for side in ((t, zero), (t, one), (zero, t), (one, t))]
-    return torch.cartesian_prod(t, t), torch.cat(sides)
-
-
-def initial_and_ends(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """As `grid`, without the side t = 1."""
-    inside, boundary = grid(n, generator)
-    return inside, boundary[boundary[:, 1] < 1]
-
-
-def cube(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """4n random points in the unit cube of five dimensions, and n on its faces."""
-    inside = torch.rand(4 * n, 5, generator=generator, dtype=torch.float64)
-    boundary = torch.rand(n, 5, generator=generator, dtype=torch.float64)
-    face = torch.randint(0, 5, (n,), generator=generator)
-    boundary[torch.arange(n), face] = torch.randint(0, 2, (n,), generator=generator).double()
-    return inside, boundary
-
-
-def product_of_sines(x: Tensor) -> Tensor:
-    """Sin πx sin πy."""
-    return torch.sin(math.pi * x).prod(1, keepdim=True)
-
-
-def sum_of_cosines(x: Tensor) -> Tensor:
-    """Σ cos πx_k."""
-    return torch.cos(math.pi * x).sum(1, keepdim=True)
-
-
-def cooling(x: Tensor) -> Tensor:
-    """Exp(−π²t/4) sin πx, of points (x, t)."""
-    return torch.exp(-(math.pi**2) / 4 * x[:, 1:]) * torch.sin(math.pi * x[:, :1])
-
-
-def cylindrical_wave(x: Tensor) -> Tensor:
-    """Y₀(k r), r the distance from (−¼, −¼)."""
-    return torch.special.bessel_y0(K * (x + 0.25).norm(dim=1, keepdim=True))
-
-
-EQUATIONS = {
-    "Poisson, 2-D": Equation(
-        lambda: mlp(2, 64, 1),
-        product_of_sines,
-        grid,
-        lambda net, x, b: {
-            "interior": pde.laplacian(net, x) + 2 * math.pi**2 * product_of_sines(x),
-            "boundary": net(b) - product_of_sines(b),
-        },
-        dimensions=2,
-        seconds=6.0,
-    ),
-    "Poisson, 5-D": Equation(
-        lambda: mlp(5, 64, 64, 48, 48, 1),
-        sum_of_cosines,
-        lambda n, generator: cube(n * n * 2 // 9, generator),
-        lambda net, x, b: {
-            "interior": pde.laplacian(net, x) + math.pi**2 * sum_of_cosines(x),
-            "boundary": net(b) - sum_of_cosines(b),
-        },
-        dimensions=5,
-        seconds=12.0,
-        fresh=True,
-    ),
-    "heat": Equation(
-        lambda: mlp(2, 64, 1),
-        cooling,
-        initial_and_ends,
-        lambda net, x, b: {
-            "interior": pde.heat(net, x, diffusivity=0.25),
-            "boundary": net(b) - cooling(b),
-        },
-        dimensions=2,
-        seconds=6.0,
-    ),
-    "Helmholtz, k = 20": Equation(
-        lambda: waves(128),
-        cylindrical_wave,
-        grid,
-        lambda net, x, b: {
-            "interior": pde.helmholtz(net, x, K) / K**2,
-            "boundary": net(b) - cylindrical_wave(b),
-        },
-        dimensions=2,
-        seconds=6.0,
-    ),
-}
 
 
 Closure = Callable[[], Residuals]
@@ -190,7 +59,7 @@ def by_adam(net: nn.Module, lr: float) -> Step:
     def step(closure: Closure, share: float) -> None:
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
         optimizer.zero_grad()
-        loss(closure()).backward()
+        sum_of_squares(closure()).backward()
         optimizer.step()
 
     return step
@@ -209,18 +78,13 @@ def by_lbfgs(net: nn.Module) -> Step:
     def step(closure: Closure, share: float) -> None:
         def value() -> Tensor:
             optimizer.zero_grad()
-            found = loss(closure())
+            found = sum_of_squares(closure())
             found.backward()
             return found
 
         optimizer.step(value)
 
     return step
-
-
-def loss(residuals: Residuals) -> Tensor:
-    """½ Σ_b mean r_b², which is natgrad's, too."""
-    return torch.stack([0.5 * r.square().mean() for r in residuals.values()]).sum()
 
 
 def train(
@@ -234,18 +98,9 @@ def train(
     """Steps until the seconds are over, or `most` steps; the seconds of measuring the error don't count."""
     torch.manual_seed(seed)
     net, generator = equation.net(), torch.Generator().manual_seed(seed)
-    unseen = torch.rand(
-        10_000, equation.dimensions, generator=torch.Generator().manual_seed(99), dtype=torch.float64
-    )
-    truth = equation.solution(unseen)
-
-    def error() -> float:
-        with torch.no_grad():
-            return float((net(unseen) - truth).norm() / truth.norm())
-
     x, b = equation.points(n, generator)
     step, spent, steps = stepper(net), 0.0, 0
-    run = Run([0.0], [error()], 0)
+    run = Run([0.0], [equation.error(net)], 0)
     while spent < seconds and steps < most:
         begun = time.perf_counter()
         if equation.fresh:
@@ -254,7 +109,7 @@ def train(
         spent, steps = spent + time.perf_counter() - begun, steps + 1
         if spent - run.seconds[-1] > seconds / 200 or spent >= seconds or steps == most:
             run.seconds.append(spent)
-            run.errors.append(error())
+            run.errors.append(equation.error(net))
     return run._replace(steps=steps)
 
 
@@ -270,7 +125,7 @@ def main(
     names: Sequence[str] = tuple(EQUATIONS),
     seconds: float | None = None,
     seed: int = 0,
-    n: int = 30,
+    n: int = SIDE,
     rates: Sequence[float] = RATES,
     plot: Path | None = None,
 ) -> dict[tuple[str, str], Run]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,28 +24,10 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad.lab.extras import require
+from natgrad.lab.fitting import Fit, Parameters, fits, regression, solution, tensor
 
 DIGITS = 6
 METRICS = ("rectangular", "gram", "dense")
-N, P, NOISE = 200, 20, 0.1
-
-
-class Problem(NamedTuple):
-    """Residuals of parameters b [k], starts, and the solution to the digits that are certified."""
-
-    residuals: Callable[[Tensor], Tensor]
-    starts: Sequence[Sequence[float]]
-    solution: Sequence[float]
-
-    def error(self, b: Tensor) -> float:
-        """The largest relative error; absolute where the solution is 0."""
-        exact = tensor(self.solution)
-        return float(((b - exact).abs() / torch.where(exact == 0, 1.0, exact.abs())).max())
-
-    def in_logarithms(self) -> Problem:
-        """The same with b = exp c, for positive parameters."""
-        starts = [[math.log(v) for v in start] for start in self.starts]
-        return Problem(lambda c: self.residuals(c.exp()), starts, [math.log(v) for v in self.solution])
 
 
 class Run(NamedTuple):
@@ -68,19 +50,6 @@ class Run(NamedTuple):
         return None
 
 
-class Parameters(nn.Module):
-    """B, and the residuals that it leaves."""
-
-    def __init__(self, problem: Problem, start: Sequence[float]) -> None:
-        super().__init__()
-        self.b = nn.Parameter(tensor(start))
-        self.problem = problem
-
-    def forward(self) -> Tensor:
-        """The residuals [N]."""
-        return self.problem.residuals(self.b)
-
-
 def main(
     names: Sequence[str] | None = None,
     conditions: Sequence[float] = tuple(10.0**k for k in range(13)),
@@ -91,11 +60,11 @@ def main(
     runs = {}
     print(f"{'':<26}{'natgrad':^32}{'scipy, lm':^32}")
     print(f"{'problem':<18}{'start':>6}  " + 2 * f"{'steps':>10}{'evaluations':>13}{'digits':>9}")
-    for name, problem in problems().items():
+    for name, fit in fits().items():
         if names is not None and name not in names:
             continue
-        for k, start in enumerate(problem.starts):
-            both = {"natgrad": by_natgrad(problem, start), "scipy": by_scipy(problem, start)}
+        for k, start in enumerate(fit.starts):
+            both = {"natgrad": by_natgrad(fit, start), "scipy": by_scipy(fit, start)}
             runs[name, k + 1] = both
             print(f"{name:<18}{k + 1:>6}  " + "".join(map(row, both.values())))
     errors = regress(conditions, seeds)
@@ -115,9 +84,9 @@ def row(run: Run) -> str:
     return f"{reached[0]:>10}{reached[1]:>13}{run.digits:>9.1f}"
 
 
-def by_natgrad(problem: Problem, start: Sequence[float], most: int = 200) -> Run:
+def by_natgrad(fit: Fit, start: Sequence[float], most: int = 200) -> Run:
     """Steps until one lowers the loss no more."""
-    model = Parameters(problem, start)
+    model = Parameters(fit, start)
     optimizer = natgrad.NaturalGradient(model, metric="exact")
     evaluations = 0
 
@@ -126,34 +95,34 @@ def by_natgrad(problem: Problem, start: Sequence[float], most: int = 200) -> Run
         evaluations += 1
         return model()
 
-    errors, counts = [problem.error(model.b.detach())], [1]
+    errors, counts = [fit.error(model.b.detach())], [1]
     for _ in range(most):
         optimizer.step(residuals)
         if optimizer.info.stalled:
             break
-        errors.append(problem.error(model.b.detach()))
+        errors.append(fit.error(model.b.detach()))
         counts.append(evaluations)
     return Run(errors, counts, float(model().detach().square().sum()))
 
 
-def by_scipy(problem: Problem, start: Sequence[float]) -> Run:
+def by_scipy(fit: Fit, start: Sequence[float]) -> Run:
     """MINPACK's Levenberg–Marquardt; an iteration is a Jacobian. What is asked for twice at one point counts once."""
     evaluated: set[bytes] = set()
     seen: dict[bytes, tuple[float, int]] = {}
 
     def residuals(b):
         evaluated.add(b.tobytes())
-        return problem.residuals(torch.as_tensor(b)).numpy()
+        return fit.residuals(torch.as_tensor(b)).numpy()
 
     def jacobian(b):
-        seen.setdefault(b.tobytes(), (problem.error(torch.as_tensor(b)), len(evaluated)))
-        return torch.func.jacrev(problem.residuals)(torch.as_tensor(b)).numpy()
+        seen.setdefault(b.tobytes(), (fit.error(torch.as_tensor(b)), len(evaluated)))
+        return torch.func.jacrev(fit.residuals)(torch.as_tensor(b)).numpy()
 
     least_squares = require("scipy.optimize", "the comparison").least_squares
     found = least_squares(
         residuals, list(start), jacobian, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=5000
     )
-    last = problem.error(torch.as_tensor(found.x)), len(evaluated)
+    last = fit.error(torch.as_tensor(found.x)), len(evaluated)
     errors, counts = zip(*seen.values(), last, strict=True)
     return Run(list(errors), list(counts), 2 * float(found.cost))
 
@@ -185,126 +154,6 @@ def one_step(X: Tensor, y: Tensor, metric: str) -> Tensor:
     except natgrad.NotPositiveDefiniteError:
         return torch.full_like(model.weight.detach().mT, math.nan)
     return model.weight.detach().mT
-
-
-def regression(condition: float, seed: int) -> tuple[Tensor, Tensor]:
-    """X [N, P] with singular values evenly spread in the logarithm, and y = Xθ + 0.1 ε."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    left, right = torch.linalg.qr(normal(N, P)).Q, torch.linalg.qr(normal(P, P)).Q
-    values = torch.logspace(0, -math.log10(condition), P, dtype=torch.float64)
-    X = math.sqrt(N) * (left * values) @ right.mT
-    return X, X @ normal(P, 1) + NOISE * normal(N, 1)
-
-
-def solution(X: Tensor, y: Tensor) -> Tensor:
-    """The least-squares solution of these very numbers, from the normal equations in 60 digits."""
-    mpmath = require("mpmath", "the exact solution")
-    with mpmath.workdps(60):
-        A, b = mpmath.matrix(X.tolist()), mpmath.matrix(y.tolist())
-        exact = mpmath.cholesky_solve(A.T * A, A.T * b)
-        return tensor([float(v) for v in exact])[:, None]
-
-
-def tensor(values: Sequence[float]) -> Tensor:
-    """In float64."""
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def numbers(text: str) -> Tensor:
-    """The numbers of a text."""
-    return tensor([float(word) for word in text.split()])
-
-
-def problems() -> dict[str, Problem]:
-    """By name. Data, starts and certified values: NIST StRD; the last two: Moré, Garbow & Hillstrom 1981."""
-    mgh09, mgh10 = kowalik_osborne(), thermistor()
-    return {
-        "Misra1a": misra1a(),
-        "BoxBOD": boxbod(),
-        "Thurber": thurber(),
-        "MGH09": mgh09,
-        "MGH10": mgh10,
-        "MGH09, log b": mgh09.in_logarithms(),
-        "MGH10, log b": mgh10.in_logarithms(),
-        "Rosenbrock": Problem(
-            lambda b: torch.stack([10 * (b[1] - b[0] ** 2), 1 - b[0]]), [[-1.2, 1.0]], [1.0, 1.0]
-        ),
-        "Powell, singular": Problem(powell, [[3.0, -1.0, 0.0, 1.0]], [0.0] * 4),
-    }
-
-
-def powell(b: Tensor) -> Tensor:
-    """J has rank 2 at the solution."""
-    rest = [(b[1] - 2 * b[2]) ** 2, math.sqrt(10) * (b[0] - b[3]) ** 2]
-    return torch.stack([b[0] + 10 * b[1], math.sqrt(5) * (b[2] - b[3]), *rest])
-
-
-def misra1a() -> Problem:
-    """Y = b₁ (1 − exp(−b₂ x)): monomolecular adsorption."""
-    x = numbers("77.6 114.9 141.1 190.8 239.9 289.0 332.8 378.4 434.8 477.3 536.8 593.1 689.1 760.0")
-    y = numbers("10.07 14.73 17.94 23.93 29.61 35.18 40.02 44.82 50.76 55.05 61.01 66.40 75.47 81.78")
-    return Problem(
-        lambda b: b[0] * (1 - torch.exp(-b[1] * x)) - y,
-        [[500.0, 0.0001], [250.0, 0.0005]],
-        [2.3894212918e02, 5.5015643181e-04],
-    )
-
-
-def boxbod() -> Problem:
-    """The same curve of biochemical oxygen demand, six points."""
-    x, y = numbers("1 2 3 5 7 10"), numbers("109 149 149 191 213 224")
-    return Problem(
-        lambda b: b[0] * (1 - torch.exp(-b[1] * x)) - y,
-        [[1.0, 1.0], [100.0, 0.75]],
-        [2.1380940889e02, 5.4723748542e-01],
-    )
-
-
-def thurber() -> Problem:
-    """A quotient of cubics: electron mobility in semiconductors."""
-    x = numbers("""-3.067 -2.981 -2.921 -2.912 -2.840 -2.797 -2.702 -2.699 -2.633 -2.481 -2.363 -2.322 -1.501 -1.460
-        -1.274 -1.212 -1.100 -1.046 -0.915 -0.714 -0.566 -0.545 -0.400 -0.309 -0.109 -0.103 0.010 0.119 0.377 0.790
-        0.963 1.006 1.115 1.572 1.841 2.047 2.200""")
-    y = numbers("""80.574 84.248 87.264 87.195 89.076 89.608 89.868 90.101 92.405 95.854 100.696 101.060 401.672
-        390.724 567.534 635.316 733.054 759.087 894.206 990.785 1090.109 1080.914 1122.643 1178.351 1260.531 1273.514
-        1288.339 1327.543 1353.863 1414.509 1425.208 1421.384 1442.962 1464.350 1468.705 1447.894 1457.628""")
-
-    def residuals(b: Tensor) -> Tensor:
-        above = b[0] + b[1] * x + b[2] * x**2 + b[3] * x**3
-        return above / (1 + b[4] * x + b[5] * x**2 + b[6] * x**3) - y
-
-    return Problem(
-        residuals,
-        [[1000.0, 1000.0, 400.0, 40.0, 0.7, 0.3, 0.03], [1300.0, 1500.0, 500.0, 75.0, 1.0, 0.4, 0.05]],
-        [1.2881396800e03, 1.4910792535e03, 5.8323836877e02, 7.5416644291e01, 9.6629502864e-01, 3.9797285797e-01,
-         4.9727297349e-02],
-    )  # fmt: skip
-
-
-def kowalik_osborne() -> Problem:
-    """Y = b₁ (x² + b₂ x) / (x² + b₃ x + b₄): an enzyme's reaction."""
-    x = numbers("4 2 1 0.5 0.25 0.167 0.125 0.1 0.0833 0.0714 0.0625")
-    y = numbers("0.1957 0.1947 0.1735 0.16 0.0844 0.0627 0.0456 0.0342 0.0323 0.0235 0.0246")
-    return Problem(
-        lambda b: b[0] * (x**2 + b[1] * x) / (x**2 + b[2] * x + b[3]) - y,
-        [[25.0, 39.0, 41.5, 39.0], [0.25, 0.39, 0.415, 0.39]],
-        [1.9280693458e-01, 1.9128232873e-01, 1.2305650693e-01, 1.3606233068e-01],
-    )
-
-
-def thermistor() -> Problem:
-    """Y = b₁ exp(b₂ / (x + b₃)): resistance by temperature."""
-    x = torch.arange(50, 130, 5, dtype=torch.float64)
-    y = numbers("34780 28610 23650 19630 16370 13720 11540 9744 8261 7030 6005 5147 4427 3820 3307 2872")
-    return Problem(
-        lambda b: b[0] * torch.exp(b[1] / (x + b[2])) - y,
-        [[2.0, 400000.0, 25000.0], [0.02, 4000.0, 250.0]],
-        [5.6096364710e-03, 6.1813463463e03, 3.4522363462e02],
-    )
 
 
 def draw(

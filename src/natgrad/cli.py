@@ -58,7 +58,11 @@ def parser() -> argparse.ArgumentParser:
         "--seeds", metavar="N|A,B", default="1", help="how many seeds, or which: 3, or 0,7,9 (default: 1)"
     )
     race.add_argument("--batch-size", type=_whole, help="examples a step (default: the problem's)")
-    race.add_argument("--target", type=_positive, help="excess that is timed to (default: the problem's)")
+    race.add_argument(
+        "--target",
+        type=_positive,
+        help="excess, or relative error, that is timed to (default: the problem's)",
+    )
     race.add_argument(
         "--evaluate-every", type=_whole, help="steps between evaluations (default: the problem's)"
     )
@@ -174,12 +178,14 @@ def _race(options: argparse.Namespace) -> int:
     if options.problem in STUDIES:
         return _study(options)
     problem = load_problem(options.problem)
-    steps = options.steps if options.steps or options.seconds else problem.steps
-    span = f"{steps}-steps" if steps else f"{options.seconds:g}-seconds"
+    steps, seconds = options.steps, options.seconds
+    if not steps and not seconds:
+        steps, seconds = (None, problem.seconds) if problem.seconds else (problem.steps, None)
+    span = f"{steps}-steps" if steps else f"{seconds:g}-seconds"
     batch = f"-batch-{options.batch_size}" if options.batch_size else ""
     folder = options.folder or Path("races") / f"{problem.name}-{span}{batch}"
     return _run(
-        problem, options.optimizers.split(","), folder, steps, options.seconds, _seeds(options.seeds),
+        problem, options.optimizers.split(","), folder, steps, seconds, _seeds(options.seeds),
         batch_size=options.batch_size, target=options.target, tune=options.tune,
         evaluate_every=options.evaluate_every, report=not options.no_report,
     )  # fmt: skip
@@ -191,10 +197,10 @@ def _run(problem: object, names: Sequence[str], folder: Path, steps: int | None,
     from natgrad.lab.live import view_for
     from natgrad.lab.peers import entrants
     from natgrad.lab.plan import Budget
-    from natgrad.lab.problems import Problem
+    from natgrad.lab.problem import Task
     from natgrad.lab.race import Race
 
-    assert isinstance(problem, Problem)
+    assert isinstance(problem, Task)
     if report:
         _needs_matplotlib()  # told before the race, not after it
     race = Race(

@@ -18,7 +18,8 @@ NatgradError
 
 Each also derives from the built-in named beside it, so that ordinary `except` clauses work. A parameter that no
 rule covers is no error: it is announced once by `CoverageWarning`. Nor is an iteration that ended before it was as
-exact as asked: `ConvergenceWarning` says how far it came.
+exact as asked: `ConvergenceWarning` says how far it came. Nor is a step on residuals for which nothing lowers the
+loss: it moves nothing, and whoever goes on after it gets a `StallWarning`.
 """
 
 from __future__ import annotations
@@ -119,9 +120,13 @@ class ConvergenceWarning(UserWarning):
     """An iterative solution is not as exact as it was asked to be."""
 
 
-def announce_coverage(message: str) -> None:
-    """Gives a CoverageWarning at the user's line, whatever wraps natgrad's functions."""
+class StallWarning(UserWarning):
+    """Nothing that a step on residuals tried lowered the loss: a minimum, rounding, or a start that leads nowhere."""
+
+
+def announce(message: str, category: type[Warning] = CoverageWarning) -> None:
+    """Gives a warning at the user's line, whatever wraps natgrad's functions."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _WRAPPERS:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, CoverageWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

@@ -217,8 +217,30 @@ def test_a_dense_matrix_that_would_not_fit_says_how_many_bytes() -> None:
 # ----------------------------------------------------------------------------------- parameters that no rule covers
 
 
+class Einsum(nn.Module):
+    """Scale and shift by a function for which there is no rule."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=DTYPE))
+        self.bias = nn.Parameter(torch.zeros(size, dtype=DTYPE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = torch.einsum("nd,d->nd", x, self.weight)
+        return scaled + torch.einsum("nd,d->nd", torch.ones_like(x), self.bias)
+
+
+@pytest.mark.parametrize("metric", ["kfac", "ekfac", "diagonal"])
+def test_scale_and_shift_have_their_exact_diagonal_without_a_warning(metric: str) -> None:
+    model, (x, y) = normed(), data()
+    index = oracle.positions(model, ["1.weight", "1.bias"])
+    operator = natgrad.fisher(model, CE, [(x[:2], y[:2]), (x[2:], y[2:])], metric)
+    torch.testing.assert_close(operator.diagonal()[index], oracle.fisher(model, CE, x, y).diagonal()[index])
+
+
 def test_the_rest_has_its_exact_diagonal_and_is_announced_once() -> None:
     model, (x, y) = normed(), data()
+    model[1] = Einsum(4)
     F = oracle.fisher(model, CE, x, y)
     index = oracle.positions(model, ["1.weight", "1.bias"])
     for metric, kinds in (("kfac", {Kronecker}), ("ekfac", {EigenKronecker}), ("diagonal", None)):
@@ -241,15 +263,7 @@ def test_a_metric_that_knows_every_parameter_needs_no_warning(metric: str) -> No
 
 
 def test_a_model_without_any_rule() -> None:
-    class Scale(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.randn(3, dtype=DTYPE))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.scale
-
-    model, (x, y) = Scale(), data()
+    model, (x, y) = Einsum(3), data()
     F = oracle.fisher(model, CE, x, y)
     for kind in ("exact", "mc"):
         with pytest.warns(CoverageWarning):

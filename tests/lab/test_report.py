@@ -14,7 +14,7 @@ from natgrad.errors import RunError
 from natgrad.lab.formats import duration, listed, number, operations, power, size
 from natgrad.lab.peers import Entrant, entrants
 from natgrad.lab.plan import Budget
-from natgrad.lab.problems import Problem
+from natgrad.lab.problem import Problem
 from natgrad.lab.race import Race
 from natgrad.lab.report import report_lines, write_report
 from natgrad.lab.runs import read_race

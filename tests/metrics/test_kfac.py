@@ -333,7 +333,7 @@ def test_what_cannot_be_factorised_names_layer_and_factor(show: Callable) -> Non
     shown = show(KFAC(kind="exact"), model, loss)
     g = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     shown.observe(x, y)
-    inner = shown.estimate._blocks["2.weight"]
+    inner = shown.estimate._blocks["2.weight"].as_map
     inner.G[0, 0] = -1.0
     with pytest.raises(NotPositiveDefiniteError, match="factor G of 2 is not positive definite") as caught:
         shown.estimate.solve(g, 1e-6, 0)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 import natgrad.operators.gram as module
 from natgrad import ConfigError, NotPositiveDefiniteError
 from natgrad.linalg import Stage
-from natgrad.operators import Gram
+from natgrad.operators import FactoredRows, Gram
+from natgrad.operators.layerrows import BatchRows
 from oracle.operators import DTYPE, generator, random_rows
 
 
@@ -118,3 +122,73 @@ def test_an_order_is_the_same_from_either_side() -> None:
     found = Gram(rows).dual_solve(target, damping, 2.0)
     weights = 1 / (S**2 * (1 + (damping / S**2) ** 2))
     assert_close(rows.space.flatten(found), ((J.T @ target) @ right.T * weights) @ right)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["JJᵀ", "JᵀJ"])
+def test_an_undamped_solution_says_what_it_left_out(many: bool) -> None:
+    """A singular value of 1e-10 is J's own, and rounding's in either matrix."""
+    rows, J = random_rows(0, 2, 3, 40) if many else random_rows(0, 3, 3, 3)
+    operator = Gram(rows)
+    full = min(J.shape)
+    assert operator.effective_rank(0.0) == full
+    assert operator.stage(0.0) is Stage.CHOLESKY
+    left, S, right = torch.linalg.svd(J, full_matrices=False)
+    S[-1] = 1e-10 * S[0]
+    spoilt = (left * S) @ right
+    space = rows.space
+    rest = space.unflatten_rows(spoilt)
+    lacking = Gram(FactoredRows(space, (BatchRows(1, len(J), (), {n: v[None] for n, v in rest.items()}),)))
+    assert lacking.effective_rank(0.0) == full - 1
+    assert lacking.stage(0.0) is Stage.TRUNCATED
+    assert lacking.stage(1.0) is Stage.CHOLESKY
+    assert lacking.condition < 1e8
+
+
+def test_what_was_removed_is_not_left_out() -> None:
+    rows, J = random_rows(0, 3, 3, 3)
+    columns = torch.full((len(J), 1), len(J) ** -0.5, dtype=DTYPE)
+    assert Gram(rows.without(columns)).stage(0.0) is Stage.CHOLESKY
+
+
+def mixed_and_full(seed: int = 0) -> tuple[Gram, Gram, Tensor]:
+    rows, J = random_rows(seed, 3, 6, 8)
+    assert len(J) < J.shape[1]
+    return (
+        Gram(rows, "mixed"),
+        Gram(rows),
+        J @ torch.randn(J.shape[1], dtype=DTYPE, generator=generator(seed)),
+    )
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0, 1e6])
+@pytest.mark.parametrize("centred", [False, True])
+def test_mixed_precision_solves_to_the_same_digits(damping: float, centred: bool) -> None:
+    mixed, full, target = mixed_and_full()
+    if centred:
+        columns = torch.full((len(target), 1), len(target) ** -0.5, dtype=DTYPE)
+        mixed, full = (dataclasses.replace(one, rows=one.rows.without(columns)) for one in (mixed, full))
+    top = float(torch.linalg.matrix_norm(full.kernel, 2))
+    found, expected = (one.dual_solve(target, damping * top) for one in (mixed, full))
+    for name, value in expected.items():
+        assert_close(found[name], value, rtol=1e-9, atol=1e-11 * float(value.abs().max()))
+    assert "kernel" not in vars(mixed)  # float64 was not needed
+    assert mixed.stage(damping * top) is Stage.CHOLESKY
+    assert mixed.condition == pytest.approx(full.condition, rel=1e-3)
+
+
+def test_mixed_precision_gives_way_where_the_damping_is_small() -> None:
+    mixed, full, target = mixed_and_full()
+    damping = 1e-9 * float(torch.linalg.matrix_norm(full.kernel, 2))
+    found, expected = (one.dual_solve(target, damping) for one in (mixed, full))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert "_single" not in vars(mixed)  # nor was K made in float32
+    assert all(not v.any() for v in mixed.dual_solve(0 * target, 1.0).values())
+
+
+def test_mixed_precision_is_kept_and_restored() -> None:
+    mixed, _, target = mixed_and_full()
+    again = type(mixed)._from_state(mixed.space, *mixed._state())
+    assert again.precision == mixed._scaled(4.0).precision == "mixed"
+    assert all(
+        torch.equal(v, again.dual_solve(target, 1.0)[n]) for n, v in mixed.dual_solve(target, 1.0).items()
+    )

@@ -127,7 +127,7 @@ def test_a_direction_that_is_not_finite_moves_nothing(how: str) -> None:
     run.train(batches(2))
     start = parameters(run.model)
     estimate = run.optimizer._curvature.estimates[0][1]
-    estimate._totals["0.bias"][0] = torch.nan
+    estimate._squares.totals["0.bias"][0] = torch.nan
     if how == "skip":
         run.step(batches(1)[0])
         assert run.optimizer.info.skipped == 1
@@ -143,7 +143,7 @@ def test_a_factor_that_is_not_positive_definite_is_named(mode: str) -> None:
     run.train(batches(1))
     start = parameters(run.model)
     estimate = run.optimizer._curvature.estimates[0][1]
-    estimate._blocks["3.weight"].A[0, 0] = -1e3
+    estimate._blocks["3.weight"].as_map.A[0, 0] = -1e3
     with pytest.raises(
         NotPositiveDefiniteError, match=r"factor A of 3 is not positive definite \(least eigenvalue -"
     ):

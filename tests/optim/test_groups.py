@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad import L2, ConfigError, CoverageWarning, EmptyError, FixedStep, ModelChangedError
+from natgrad.optim.remainder import Remainder
 from oracle import fisher as oracle
 from tests.optim.runs import DTYPE, METRICS, MODES, Run, batches, net, parameters
 
@@ -290,12 +291,24 @@ def test_l2_is_measured_by_rho() -> None:
 # ---- coverage ------------------------------------------------------------------------------------------------
 
 
-class Normed(nn.Module):
+class Einsum(nn.Module):
+    """Scale and shift by a function for which there is no rule."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = torch.einsum("nd,d->nd", x, self.weight)
+        return scaled + torch.einsum("nd,d->nd", torch.ones_like(x), self.bias)
+
+
+class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.first, self.norm, self.last = nn.Linear(2, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+            self.first, self.norm, self.last = nn.Linear(2, 5), Einsum(5), nn.Linear(5, 3)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -303,14 +316,14 @@ class Normed(nn.Module):
 
 
 def test_what_no_rule_covers_is_announced_once_and_listed() -> None:
-    run = Run.of("kfac", "adaptive", Normed())
+    run = Run.of("kfac", "adaptive", Scaled())
     with pytest.warns(CoverageWarning, match=r"norm\.weight, norm\.bias") as caught:
         run.step(batches(1)[0])
     assert caught[0].filename.endswith("runs.py")  # where step() was called
     run.train(batches(3))  # no second warning, which would be an error
     coverage = run.optimizer.coverage()
     assert coverage.uncovered == ("norm.weight", "norm.bias")
-    assert "layer_norm" in str(coverage)
+    assert "einsum" in str(coverage)
     assert len(coverage) == 6
     rows = {row.name: row for row in coverage}
     assert rows["first.weight"].factors == (3, 5)
@@ -320,18 +333,33 @@ def test_what_no_rule_covers_is_announced_once_and_listed() -> None:
 @pytest.mark.filterwarnings("ignore::natgrad.CoverageWarning")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("metric", ["kfac", "diagonal"])
-def test_by_default_they_follow_the_plain_gradient(metric: str, mode: str) -> None:
-    run = Run.of(metric, mode, Normed(), momentum=0.0)
+def test_by_default_they_have_a_diagonal_of_squared_gradients(metric: str, mode: str) -> None:
+    run = Run.of(metric, mode, Scaled(), momentum=0.0)
     before = run.model.norm.weight.detach().clone()
     run.train(batches(1))
     step, g = run.model.norm.weight.detach() - before, run.model.norm.weight.grad
-    assert torch.nn.functional.cosine_similarity(step, -g, dim=0) == pytest.approx(1.0)
+    expected = -g / (len(batches(1)[0][0]) * g.square() + run.optimizer.info.damping)
+    assert torch.nn.functional.cosine_similarity(step, expected, dim=0) == pytest.approx(1.0)
     assert step.norm() > 0
+
+
+def test_the_diagonal_of_squared_gradients_is_one_of_the_fisher_information() -> None:
+    """At the optimum the mean square of a batch's gradient is F/N; and a step's trials are one observation."""
+    remainder, source = Remainder(), torch.Generator().manual_seed(0)
+    for step in range(400):  # N(0, 2²) scores: F = 4, in batches of 8
+        g = 2 * torch.randn(8, 500, dtype=DTYPE, generator=source).mean(0)
+        remainder.observe({"p": g}, 8, step)
+        remainder.observe({"p": 100 * g}, 8, step)
+    solved = remainder.solve({"p": torch.ones(500, dtype=DTYPE)}, {"p": 1.0})["p"]
+    assert solved.mean() == pytest.approx(1 / (4.0 + 1.0), rel=0.1)
+    state = Remainder()
+    state.load_state_dict(remainder.state_dict())
+    torch.testing.assert_close(state.solve({"p": torch.ones(500, dtype=DTYPE)}, {"p": 1.0})["p"], solved)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_or_an_optimiser_of_the_users(mode: str) -> None:
-    run = Run.of("kfac", mode, Normed(), fallback=lambda params: torch.optim.SGD(params, lr=0.25))
+    run = Run.of("kfac", mode, Scaled(), fallback=lambda params: torch.optim.SGD(params, lr=0.25))
     before = run.model.norm.weight.detach().clone()
     with pytest.warns(CoverageWarning, match="optimiser of yours"):
         run.step(batches(1)[0])
@@ -352,7 +380,7 @@ def test_a_model_of_which_nothing_is_covered_is_trained_all_the_same(
             self.w = nn.Parameter(torch.zeros(2, 3, dtype=DTYPE))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x @ self.w
+            return torch.einsum("ni,io->no", x, self.w)
 
     run = Run.of(metric, mode, Bare(), fallback=fallback)
     run.train(batches(3))
@@ -360,7 +388,7 @@ def test_a_model_of_which_nothing_is_covered_is_trained_all_the_same(
 
 
 def test_the_exact_metric_covers_everything() -> None:
-    run = Run.of("dense", "adaptive", Normed())
+    run = Run.of("dense", "adaptive", Scaled())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run.train(batches(3))
@@ -378,18 +406,36 @@ class Tied(nn.Module):
         return nn.functional.linear(self.table((x[:, 0] > 0).long()), self.table.weight)
 
 
+class Both(nn.Module):
+    """A linear map and a scale with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 3, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x * self.linear.weight[0])
+
+
+@pytest.mark.parametrize("metric", ["kfac", "ekfac", "diagonal"])
+def test_a_tied_embedding_is_covered(metric: str) -> None:
+    run = Run.of(metric, "adaptive", Tied())
+    run.train(batches(4))  # a warning would be an error
+    assert not run.optimizer.coverage().uncovered
+
+
 def test_curvature_that_lacks_a_use_is_announced() -> None:
-    run = Run.of("kfac", "adaptive", Tied())
-    with pytest.warns(CoverageWarning, match=r"the curvature of table\.weight lacks"):
+    run = Run.of("kfac", "adaptive", Both())
+    with pytest.warns(CoverageWarning, match=r"the curvature of linear\.weight lacks"):
         run.step(batches(1)[0])
     (row,) = run.optimizer.coverage()
-    assert (row.rule, row.reason) == ("linear", "embedding")
+    assert (row.rule, row.reason) == ("linear", "mul beside a linear map")
 
 
 @pytest.mark.filterwarnings("ignore::natgrad.CoverageWarning")
 @pytest.mark.parametrize("fallback", [None, lambda params: torch.optim.SGD(params, lr=0.1)])
 def test_a_parameter_that_joins_the_graph_late_is_trained(fallback: Any) -> None:
-    class Late(Normed):
+    class Late(Scaled):
         late = False
 
         def __init__(self) -> None:

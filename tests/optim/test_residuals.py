@@ -198,5 +198,66 @@ def test_float32_models_work() -> None:
     model = network().float()
     x = X.float()
     optimizer = natgrad.NaturalGradient(model, metric="exact")
-    losses = [float(optimizer.step(lambda: model(x) - x[:, :2].sin())) for _ in range(15)]
+    losses = []
+    while len(losses) < 15 and not optimizer.info.stalled:
+        losses.append(float(optimizer.step(lambda: model(x) - x[:, :2].sin())))
     assert losses[-1] < 1e-3 * losses[0]
+
+
+def at_a_minimum() -> tuple[nn.Module, Callable[[], Tensor], list[int]]:
+    """Residuals that no step makes smaller, and how often they were asked for."""
+    model, calls = nn.Linear(2, 1, bias=False).to(DTYPE), []
+    nn.init.zeros_(model.weight)
+
+    def closure() -> Tensor:
+        calls.append(1)
+        z = model(torch.eye(2, dtype=DTYPE))[:, 0]
+        return torch.cat([1 + z.abs() + 1e-3 * z, 1 + z.abs() + 1e-3 * z])
+
+    return model, closure, calls
+
+
+def test_a_run_that_goes_on_after_a_stall_is_told_once_and_each_ends_soon() -> None:
+    model, closure, calls = at_a_minimum()
+    optimizer = natgrad.NaturalGradient(model, metric="exact")
+    optimizer.step(closure)  # who reads info.stalled and ends here is not warned
+    assert optimizer.info.stalled
+    with pytest.warns(natgrad.StallWarning, match="another seed") as said:
+        optimizer.step(closure)
+    assert said[0].filename == __file__
+    optimizer.step(closure)
+    assert len(calls) <= 3 * 80
+    assert not model.weight.any()
+
+
+def test_after_a_stall_the_damping_goes_on_where_it_was() -> None:
+    model, closure, _ = at_a_minimum()
+    optimizer = natgrad.NaturalGradient(model, metric="exact")
+    optimizer.step(lambda: model(X[:, :2]) - 1 + 0.1 * model(X[:, :2]) ** 2)
+    before = optimizer.damping
+    nn.init.zeros_(model.weight)
+    optimizer.step(closure)
+    assert optimizer.info.stalled
+    assert optimizer.damping == before
+
+
+def test_nothing_is_said_where_nothing_is_left() -> None:
+    model = nn.Linear(2, 1, bias=False).to(DTYPE)
+    nn.init.zeros_(model.weight)
+    optimizer = natgrad.NaturalGradient(model, metric="exact")
+    for _ in range(2):
+        optimizer.step(lambda: model(X[:, :2]))
+        assert optimizer.info.stalled
+
+
+def test_an_undamped_step_tells_the_rank_and_what_was_left_out() -> None:
+    model = nn.Linear(3, 1, bias=False).to(DTYPE)
+    x = torch.randn(8, 3, dtype=DTYPE, generator=torch.Generator().manual_seed(0))
+    x[:, 2] = x[:, 0] + 1e-10 * x[:, 1]
+    optimizer = natgrad.NaturalGradient(model, metric="gram", lr=1.0, damping=0.0)
+    optimizer.step(lambda: model(x)[:, 0] - 1)
+    assert optimizer.info.rank == 2
+    assert (optimizer.info.condition or 0.0) < 1e8
+    assert [list(stage.values()) for stage in optimizer.info.stages.values()] == [
+        ["small eigenvalues left out"]
+    ]

@@ -73,7 +73,7 @@ def recorded(model: nn.Module, residual: Callable[[Any, Tensor], Tensor], x: Ten
 def test_the_tape_hears_the_value_with_its_bias_and_all_streams_without() -> None:
     model, x = MODELS["mlp"]().to(DTYPE), torch.rand(N, 3, dtype=DTYPE)
     tape, _ = recorded(model, pde.laplacian, x)
-    heard = [(call.block.weight, tuple(call.raw_inputs.shape), call.has_bias) for call in tape.take()]
+    heard = [(call.block.weight, tuple(call.raw_inputs.shape), call.has_bias) for call in tape.take().calls]
     assert heard == [
         ("0.weight", (N, 3), True),
         ("0.weight", (N, 3, 3), False),  # no second derivative yet

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import natgrad.tape.columns as module
 from natgrad.tape import Tape
 from natgrad.tape.passes import SignalPass
-from natgrad.tape.rows import batch_rows, layer_rows, portions
+from natgrad.tape.rows import batch_rows, explain, portions
 from oracle.problems import DTYPE, MODELS, problem
 
 
@@ -57,7 +57,7 @@ def test_columns_are_records(model: str, batched: int, monkeypatch: pytest.Monke
         one = problem(model, "mse")
         net, x = one.model, one.x
     tape, z, signals = recorded(net, x)
-    calls = tape.columns((z,), signals, len(x))
+    calls, _ = tape.columns((z,), signals, len(x))
     assert tape.column_bytes == sum(call.raw_signals[0].numel() * 8 for call in calls)
     for k, signal in enumerate(signals):
         records = tape.records((z,), signal, len(x))
@@ -73,7 +73,7 @@ def test_columns_are_records(model: str, batched: int, monkeypatch: pytest.Monke
             torch.testing.assert_close(use.reading.vectors(every), inputs)
             grouped = record.grouped_signals().permute(0, 2, 3, 1)
             torch.testing.assert_close(use.part(every)[:, k], grouped)
-    some = tape.columns((z,), signals, len(x), [calls[0].block.weight])
+    some, _ = tape.columns((z,), signals, len(x), [calls[0].block.weight])
     assert {call.block.weight for call in some} == {calls[0].block.weight}
 
 
@@ -92,10 +92,10 @@ def test_what_acted_on_no_batch_has_no_rows_of_its_own() -> None:
     passes = [SignalPass(tape, (z,), s, 5) for s in signals]
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        layers, rest = layer_rows(passes, parameters)
+        explained = explain(passes, parameters)
         rows = batch_rows(passes, parameters)
-    assert [layer.weight for layer in layers] == ["head.weight"]
-    assert rest == ["map.weight", "map.bias"]
+    assert [layer.weight for layer in explained.layers] == ["head.weight"]
+    assert explained.rest == ["map.weight", "map.bias"]
     # Scores by differentiation are right there: every example has the whole table's.
     expected = torch.stack([4 * s[0] for s in signals])
     torch.testing.assert_close(rows.rest["map.bias"], expected)

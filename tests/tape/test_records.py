@@ -386,6 +386,13 @@ CASES = {
         lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 2)),
         (4, 2, 3, 3),
     ),
+    "in-place-tokens": Case(
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2), nn.Sigmoid()),
+        (5, 2, 3),
+    ),
+    "in-place-unbatched": Case(
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.ReLU(inplace=True), nn.Conv1d(3, 2, 1)), (2, 4)
+    ),
     "frozen": Case(Frozen, (5, 3)),
     "flattened": Case(OnFlattened, (5, 3, 4)),
     "detour": Case(Detour, (5, 3)),
@@ -408,6 +415,7 @@ CASES |= {
 CASES["unbatched-conv3d"] = Case(lambda: nn.Conv3d(2, 3, 2), (2, 3, 3, 3))
 CASES["unbatched-transposed"] = Case(lambda: nn.ConvTranspose2d(2, 3, 2, stride=2), (2, 3, 3))
 UNBATCHED = {
+    "in-place-unbatched",
     "unbatched-conv3d",
     "unbatched-transposed",
     "linear-1d",
@@ -507,7 +515,7 @@ def test_recording_ends_with_its_block_even_if_the_model_raises() -> None:
     with pytest.raises(RuntimeError), tape.recording():
         model(torch.randn(5, 4))
     model(torch.randn(5, 3))
-    assert tape.take() == []
+    assert tape.take().calls == []
 
 
 def test_a_pass_that_was_taken_can_be_read_after_the_next_one_was_recorded() -> None:

@@ -14,15 +14,26 @@ from oracle import fisher as oracle
 DTYPE = torch.float64
 
 
-class Bare(nn.Module):
-    """A parameter that acts by arithmetic."""
+class Einsum(nn.Module):
+    """A parameter that acts by a function for which there is no rule."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.scale = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * self.scale
+        return torch.einsum("no,o->no", self.linear(x), self.scale)
+
+
+class Both(nn.Module):
+    """A weight that is a linear map, and a scale too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.linear.weight[0]
 
 
 class Transposed(nn.Module):
@@ -172,46 +183,13 @@ class Parametrized(nn.Module):
         return self.last(self.third(self.second(self.first(x))))
 
 
-class Lookup(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.last = nn.Embedding(6, 3), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.table(x).sum(1))
-
-
-class TiedLookup(nn.Module):
-    """A language model's tied embedding: looked up, and a linear map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(torch.tanh(self.table(x).sum(1)), self.table.weight)
-
-
 def real(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=DTYPE)
 
 
-def integer(*shape: int) -> Tensor:
-    return torch.randint(6, shape)
-
-
 CASES = {
-    "bare": (Bare, real(5, 3), {"scale": "mul"}),
-    "layer-norm": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)),
-        real(5, 3),
-        {"1.weight": "layer_norm", "1.bias": "layer_norm"},
-    ),
-    "batch-norm": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(),
-        real(5, 3),
-        {"1.weight": "batch_norm", "1.bias": "batch_norm"},
-    ),
+    "einsum": (Einsum, real(5, 3), {"scale": "einsum"}),
+    "both": (Both, real(5, 3), {"linear.weight": "mul beside a linear map"}),
     "transposed": (Transposed, real(5, 3), {"linear.weight": "matmul"}),
     "input-slice": (
         InputSlice,
@@ -225,12 +203,10 @@ CASES = {
     ),
     "scaled": (Scaled, real(3, 3), {"w": "addmm", "v": "addmm", "b": "addmm"}),
     "low-rank-first": (LowRankFirst, real(5, 3), {"a": "matmul", "b": "matmul"}),
-    "queries": (Queries, real(5, 3), {"query": "linear", "project.weight": "linear"}),
+    "queries": (Queries, real(5, 3), {"query": "matmul", "project.weight": "matmul"}),
     "second-bias": (SecondBias, real(5, 3), {"second.bias": "linear with the weight of another block"}),
     "shared-bias": (SharedBias, real(5, 3), {"first.bias": "linear with the weight of another block"}),
     "only-bias": (OnlyBias, real(5, 3), {"linear.bias": "linear"}),
-    "embedding": (Lookup, integer(5, 3), {"table.weight": "embedding"}),
-    "tied-embedding": (TiedLookup, integer(5, 3), {"table.weight": "embedding"}),
     "attention": (
         Attention,
         real(5, 3, 4),
@@ -240,10 +216,10 @@ CASES = {
         lambda: Parametrized().eval(),
         real(5, 3),
         {
-            "first.parametrizations.weight.original": "triu",
+            "first.parametrizations.weight.original": "linear",
             "second.parametrizations.weight.original": "div",
-            "third.parametrizations.weight.original0": "_weight_norm",
-            "third.parametrizations.weight.original1": "_weight_norm",
+            "third.parametrizations.weight.original0": "linear",
+            "third.parametrizations.weight.original1": "linear",
             **{f"{name}.bias": "linear" for name in ("first", "second", "third")},
         },
     ),
@@ -262,6 +238,7 @@ def test_what_no_rule_covers_is_listed(name: str) -> None:
     tape = Tape({n: p for n, p in model.named_parameters() if p.requires_grad})
     with tape.recording():
         model(x)
+    tape.resolve(len(x))
     assert tape.uncovered == expected
     for parameter in tape.uncovered:
         assert not tape.covers(parameter)

@@ -188,4 +188,4 @@ def test_a_class_that_decomposes_its_functions_is_heard_through() -> None:
     tape = Tape(dict(model.named_parameters()))
     with tape.recording():
         model(x)
-    assert [call.raw_inputs.shape for call in tape.take()] == [(N, D), (N, D)]
+    assert [call.raw_inputs.shape for call in tape.take().calls] == [(N, D), (N, D)]

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.errors import ConfigError, ModelChangedError, announce_coverage
+from natgrad.errors import ConfigError, ModelChangedError, announce
 from natgrad.information.data import BATCH_SIZE
 from natgrad.information.rest import Rest, joined
 from natgrad.information.survey import Progress, Sight, Survey, trainable
@@ -98,7 +98,7 @@ def fisher(
     with torch.inference_mode(False), torch.enable_grad(), plain, _shown(progress) as told:
         operator = surveyor.run(told)
     if surveyor.announced:
-        announce_coverage(surveyor.announced)
+        announce(surveyor.announced)
     return operator
 
 
@@ -142,6 +142,7 @@ class _Surveyor:
             )
 
     def _see(self, sight: Sight) -> None:
+        self._tape.resolve(sight.batch.examples)
         if self._estimate is None and self._rest is None:
             self._begin()
         self._require_covered()
@@ -218,14 +219,7 @@ class _Surveyor:
             )
 
     def _covered(self) -> dict[str, nn.Parameter]:
-        tape = self._tape
-        names = {
-            name
-            for block in tape.blocks.values()
-            if all(tape.covers(name) for name in block.names)
-            for name in block.names
-        }
-        return {name: p for name, p in self._parameters.items() if name in names}
+        return {name: p for name, p in self._parameters.items() if self._tape.explains(name)}
 
     def _require_covered(self) -> None:
         if self._estimate is None or self._estimate.whole:

@@ -5,7 +5,8 @@ It needs ``pip install "natgrad[lab]"`` for data, tables and figures, each impor
 
 from natgrad.lab.peers import Entrant, entrants
 from natgrad.lab.plan import Budget
-from natgrad.lab.problems import Problem, load_problem
+from natgrad.lab.problem import Problem, ResidualProblem
+from natgrad.lab.problems import load_problem
 from natgrad.lab.race import Race
 
-__all__ = ["Budget", "Entrant", "Problem", "Race", "entrants", "load_problem"]
+__all__ = ["Budget", "Entrant", "Problem", "Race", "ResidualProblem", "entrants", "load_problem"]

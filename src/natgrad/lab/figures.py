@@ -13,9 +13,10 @@ from typing import Any
 
 from natgrad.lab.extras import require
 from natgrad.lab.formats import number, power
+from natgrad.lab.runs import Record
 from natgrad.lab.standings import Curve, Standing
 from natgrad.lab.study import Study
-from natgrad.lab.summary import Summary
+from natgrad.lab.summary import Summary, measure
 
 Figure = Any  # matplotlib.figure.Figure: not imported until something is drawn
 Axes = Any
@@ -24,7 +25,7 @@ INK, FAINT, GRID = "#1f2328", "#6b7280", "#e4e4df"
 _OURS = "#D55E00"
 _THEIRS = {
     "Adam": "#0072B2", "SGD": "#009E73", "Muon": "#CC79A7", "AdamW": "#56B4E9", "RMSprop": "#E69F00",
-    "NAdam": "#7A7A7A",
+    "NAdam": "#7A7A7A", "SGD, Nesterov": "#007A5A", "SOAP": "#9A6B00", "L-BFGS, 20 a step": "#555555",
 }  # fmt: skip
 _DASHES: tuple[Any, ...] = (
     "-",
@@ -87,7 +88,7 @@ def excess_figure(summary: Summary, quantity: str) -> Figure:
         drawn.append(_line(axes, curve, colour, dash, standing))
     axes.set_yscale("log")
     axes.set_xlabel("steps" if quantity == "step" else "seconds of training")
-    axes.set_ylabel(f"excess training loss, {race['unit']}")
+    axes.set_ylabel(_axis(race, "excess training loss"))
     target = race.get("target")
     if target is not None:
         axes.axhline(target, color=FAINT, linewidth=0.9, dashes=(4, 3), zorder=1)
@@ -113,6 +114,10 @@ def excess_figure(summary: Summary, quantity: str) -> Figure:
     _plain_decades(axes)
     _legend(axes, drawn[::-1])
     return figure
+
+
+def _axis(race: Record, excess: str) -> str:
+    return f"{excess}, {race['unit']}" if measure(race) == "excess" else measure(race)
 
 
 def _line(axes: Axes, curve: Curve, colour: str, dash: Any, standing: Standing) -> Any:
@@ -238,7 +243,7 @@ def tuning_figure(summary: Summary) -> Figure | None:
     axes.set_yscale("log")
     _plain_decades(axes)
     axes.set_xlabel("learning rate (× marks a run that diverged)")
-    axes.set_ylabel(f"excess at the end, {summary.race['unit']}")
+    axes.set_ylabel(_axis(summary.race, "excess") + " at the end")
     _legend(axes, handles)
     return figure
 

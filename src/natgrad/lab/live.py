@@ -10,7 +10,7 @@ from typing import Any
 from natgrad.lab.extras import require
 from natgrad.lab.formats import duration, number
 from natgrad.lab.plan import Budget, Leg
-from natgrad.lab.problems import Problem
+from natgrad.lab.problem import Task
 from natgrad.lab.runs import Record
 
 Stream = Any  # a text stream: anything with write, flush and isatty, such as sys.stdout
@@ -37,7 +37,7 @@ class View(abc.ABC):
         """The race is over, or was interrupted."""
 
     @abc.abstractmethod
-    def begin(self, problem: Problem, budget: Budget, runs: int) -> None:
+    def begin(self, problem: Task, budget: Budget, runs: int) -> None:
         """The race starts, with so many runs planned."""
 
     @abc.abstractmethod
@@ -66,7 +66,7 @@ class Silent(View):
     def close(self) -> None:
         """Nothing."""
 
-    def begin(self, problem: Problem, budget: Budget, runs: int) -> None:
+    def begin(self, problem: Task, budget: Budget, runs: int) -> None:
         """Nothing."""
 
     def start(self, leg: Leg, spent: float) -> None:
@@ -103,11 +103,11 @@ class Lines(View):
     def close(self) -> None:
         """Nothing to put back."""
 
-    def begin(self, problem: Problem, budget: Budget, runs: int) -> None:
+    def begin(self, problem: Task, budget: Budget, runs: int) -> None:
         """Says what is raced."""
         self._unit, self._runs = problem.unit, runs
         span = f"{budget.steps} steps" if budget.steps is not None else f"{budget.seconds:g} s"
-        self._write(f"{problem.name}: {problem.title}\n{runs} runs of {span}; excess in {problem.unit}")
+        self._write(f"{problem.name}: {problem.title}\n{runs} runs of {span}; {measured_in(problem)}")
 
     def start(self, leg: Leg, spent: float) -> None:
         """Names the run."""
@@ -160,11 +160,11 @@ class Bars(View):
         """Leaves the bars on the screen as they are."""
         self._bars.stop()
 
-    def begin(self, problem: Problem, budget: Budget, runs: int) -> None:
+    def begin(self, problem: Task, budget: Budget, runs: int) -> None:
         """Says what is raced."""
         span = f"{budget.steps} steps" if budget.steps is not None else f"{budget.seconds:g} s"
         self._console.print(f"[bold]{problem.name}[/]  {problem.title}", highlight=False)
-        self._console.print(f"[dim]{runs} runs of {span}; excess in {problem.unit}[/]", highlight=False)
+        self._console.print(f"[dim]{runs} runs of {span}; {measured_in(problem)}[/]", highlight=False)
 
     def start(self, leg: Leg, spent: float) -> None:
         """A new bar."""
@@ -191,9 +191,14 @@ class Bars(View):
         self._console.print(f"[yellow]note:[/] {text}", highlight=False)
 
 
+def measured_in(problem: Task) -> str:
+    """What the numbers are."""
+    return f"{problem.measure} in {problem.unit}" if problem.unit else problem.measure
+
+
 def describe(record: Record) -> str:
-    """Excess, λ, α and seconds per step of a record, those that there are."""
-    parts = [f"excess {number(record['excess'])}"] if "excess" in record else []
+    """Excess (or error), λ, α and seconds per step of a record, those that there are."""
+    parts = [f"at {number(record['excess'])}"] if "excess" in record else []
     parts += [
         f"{sign} {number(record[key])}" for sign, key in (("λ", "damping"), ("α", "alpha")) if key in record
     ]
@@ -207,7 +212,7 @@ def ending(result: Record) -> str:
     if result["status"] == "finished":
         each = result["seconds"] / max(result["step"], 1)
         return (
-            f"excess {number(float(result['excess']))} after {result['step']} steps, "
+            f"at {number(float(result['excess']))} after {result['step']} steps, "
             f"{duration(result['seconds'])} ({duration(each)}/step)"
         )
     return f"{result['status']} at step {result['step']}: {result['message']}"

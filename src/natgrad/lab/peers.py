@@ -1,12 +1,13 @@
 """Who takes part in a race: natgrad, and the optimisers that it is measured against.
 
 An `Entrant` knows how to build its optimiser for a model and which learning rates are fair to try. Peers get the
-rate that a search found for the problem (`Problem.rates`) or, with ``--tune``, a grid of five around it; natgrad
+rate that a search found for the problem (`Task.rates`) or, with ``--tune``, a grid of five around it; natgrad
 gets neither.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -18,9 +19,10 @@ from torch import nn
 
 import natgrad
 from natgrad.errors import ConfigError, UnknownNameError
-from natgrad.lab.problems import Problem
+from natgrad.lab.extras import require
+from natgrad.lab.problem import Task
 
-Build = Callable[[nn.Module, nn.Module, "float | None", int], torch.optim.Optimizer]
+Build = Callable[[nn.Module, "nn.Module | None", "float | None", int], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Entrant:
         rate: the learning rate, or None for an optimiser that finds its own.
         pinned: True where the user fixed the rate (``adam@3e-4``): no grid for it then.
         ours: True for natgrad's own.
+        evaluates: True where a step evaluates the loss several times, by a closure.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Entrant:
     rate: float | None = None
     pinned: bool = False
     ours: bool = False
+    evaluates: bool = False
 
     def grid(self) -> tuple[float, ...]:
         """Five rates on the 1–3–10 ladder, centred on the default; empty where there is nothing to tune."""
@@ -66,10 +70,24 @@ def _ladder(half_decades: int) -> float:
     return float(f"{3 if odd else 1}e{decade}")
 
 
-def _natgrad(metric: str) -> Build:
-    def build(model: nn.Module, loss_fn: nn.Module, rate: float | None, seed: int) -> torch.optim.Optimizer:
+def share_of_rate(spent: float) -> float:
+    """The part of its rate that a peer gets: rising over the first twentieth of the budget, then half a cosine."""
+    rise = 0.05
+    if spent < rise:
+        return (spent + 0.01) / (rise + 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (spent - rise) / (1 - rise)))
+
+
+def _natgrad(metric: str, of_residuals: str | None = None) -> Build:
+    def build(
+        model: nn.Module, loss_fn: nn.Module | None, rate: float | None, seed: int
+    ) -> torch.optim.Optimizer:
         made: torch.optim.Optimizer = natgrad.NaturalGradient(
-            model, loss_fn, metric=metric, lr=rate, seed=seed
+            model,
+            loss_fn,
+            metric=metric if loss_fn is not None else of_residuals or metric,
+            lr=rate,
+            seed=seed,
         )
         return made
 
@@ -77,7 +95,9 @@ def _natgrad(metric: str) -> Build:
 
 
 def _torch(name: str, **options: Any) -> Build:
-    def build(model: nn.Module, loss_fn: nn.Module, rate: float | None, seed: int) -> torch.optim.Optimizer:
+    def build(
+        model: nn.Module, loss_fn: nn.Module | None, rate: float | None, seed: int
+    ) -> torch.optim.Optimizer:
         parameters = [p for p in model.parameters() if p.requires_grad]
         made: torch.optim.Optimizer = getattr(torch.optim, name)(parameters, lr=rate, **options)
         return made
@@ -86,15 +106,20 @@ def _torch(name: str, **options: Any) -> Build:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon on the matrices, AdamW on everything else, as its authors use it.
+    """Muon on the hidden matrices, AdamW on everything else, as its authors use it.
 
-    Muon orthogonalises the momentum of 2-d weights and is not defined on biases. Its update is scaled to AdamW's
+    Muon orthogonalises the momentum of 2-d weights and is not defined on biases; embeddings and the last linear map
+    are left to AdamW, too. Its update is scaled to AdamW's
     root mean square (``match_rms_adamw``), so that one learning rate serves both.
     """
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        matrices, rest = [p for p in parameters if p.dim() == 2], [p for p in parameters if p.dim() != 2]
+        outer = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        maps = [id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)]
+        outer |= set(maps[-1:] if len(maps) > 1 else ())
+        matrices = [p for p in parameters if p.dim() == 2 and id(p) not in outer]
+        rest = [p for p in parameters if p.dim() != 2 or id(p) in outer]
         muon = torch.optim.Muon  # absent before torch 2.9: `unavailable` has asked
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
@@ -102,6 +127,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if rest:
             self.parts.append(torch.optim.AdamW(rest, lr=lr, weight_decay=0.0))
         super().__init__(parameters, {"lr": lr})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -122,17 +151,39 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Restores what `state_dict` gave."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
+        self._share_groups()
 
 
-def _muon(model: nn.Module, loss_fn: nn.Module, rate: float | None, seed: int) -> torch.optim.Optimizer:
+def _muon(
+    model: nn.Module, loss_fn: nn.Module | None, rate: float | None, seed: int
+) -> torch.optim.Optimizer:
     assert rate is not None
     return MuonWithAdamW(model, rate)
+
+
+def _soap(
+    model: nn.Module, loss_fn: nn.Module | None, rate: float | None, seed: int
+) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    soap = require("pytorch_optimizer", "SOAP", extra="peers").SOAP
+    made: torch.optim.Optimizer = soap(parameters, lr=rate)
+    return made
+
+
+def _lbfgs(
+    model: nn.Module, loss_fn: nn.Module | None, rate: float | None, seed: int
+) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(
+        [p for p in model.parameters() if p.requires_grad],
+        history_size=100, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe",
+    )  # fmt: skip
 
 
 _ENTRANTS: dict[str, Entrant] = {
     entrant.name: entrant
     for entrant in (
-        Entrant("natgrad", "natgrad", _natgrad("kfac"), ours=True),
+        Entrant("natgrad", "natgrad", _natgrad("kfac", of_residuals="exact"), ours=True),
+        Entrant("natgrad-kfac", "natgrad, K-FAC", _natgrad("kfac"), ours=True),
         Entrant("natgrad-diagonal", "natgrad, diagonal", _natgrad("diagonal"), ours=True),
         Entrant("natgrad-dense", "natgrad, dense", _natgrad("dense"), ours=True),
         Entrant("adam", "Adam", _torch("Adam"), rate=1e-3),
@@ -140,12 +191,15 @@ _ENTRANTS: dict[str, Entrant] = {
         Entrant("nadam", "NAdam", _torch("NAdam"), rate=1e-3),
         Entrant("rmsprop", "RMSprop", _torch("RMSprop", momentum=0.9), rate=1e-4),
         Entrant("sgd", "SGD", _torch("SGD", momentum=0.9), rate=1e-2),
+        Entrant("nesterov", "SGD, Nesterov", _torch("SGD", momentum=0.9, nesterov=True), rate=1e-2),
         Entrant("muon", "Muon", _muon, rate=1e-3),
+        Entrant("soap", "SOAP", _soap, rate=3e-3),
+        Entrant("lbfgs", "L-BFGS, 20 a step", _lbfgs, evaluates=True),
     )
 }
 
 
-def entrants(wanted: Iterable[str], problem: Problem) -> tuple[Entrant, ...]:
+def entrants(wanted: Iterable[str], problem: Task) -> tuple[Entrant, ...]:
     """The entrants of ``["natgrad", "adam", "sgd@0.1"]``, each with the problem's rate for it.
 
     Raises:
@@ -187,8 +241,17 @@ def names() -> list[str]:
     return list(_ENTRANTS)
 
 
-def unavailable(entrant: Entrant) -> str | None:
-    """Why an entrant can't run here, or None where it can."""
+def unavailable(entrant: Entrant, batches: bool = False) -> str | None:
+    """Why an entrant can't run here, or None where it can.
+
+    Args:
+        entrant: who asks.
+        batches: whether each step takes other examples than the one before.
+    """
+    if entrant.evaluates and batches:
+        return "its line search needs the same examples in each step (a --batch-size of all of them)"
+    if entrant.name == "soap" and importlib.util.find_spec("pytorch_optimizer") is None:
+        return 'SOAP is pytorch_optimizer\'s: pip install "natgrad[peers]"'
     if entrant.name != "muon":
         return None
     if not hasattr(torch.optim, "Muon"):

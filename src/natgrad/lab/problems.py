@@ -1,145 +1,31 @@
-"""The problems that optimisers race on: data, model, loss, and what counts as done.
+"""The problems by name, and how a user's own is found.
 
-A problem is a value. Its loss is the one that is trained; everything is reported in `unit` as
-
-    excess  =  scale · loss  −  floor
-
-where `floor` is the least value that the loss can take (the entropy of the data, or a known optimum), so that an
-excess of zero is perfection and a logarithmic axis means something.
-
-Your own problem is a function that returns a `Problem`: ``natgrad race my_module:my_problem``.
+Your own problem is a function that returns a `natgrad.lab.Problem`: ``natgrad race my_module:my_problem``.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.errors import ConfigError, EmptyError, NatgradError, UnknownNameError
-from natgrad.lab import data
-
-Score = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Problem:
-    """One thing to train, and how its progress is told.
-
-    Attributes:
-        name: short name, used for folders.
-        title: one line that says what is trained on what.
-        make_model: builds the model for a seed. Equal seeds must give equal weights; torch's global generator is
-            seeded too before the call, so a factory may ignore its argument.
-        loss_fn: a `torch.nn` loss called as ``loss_fn(outputs, targets)``, with a batch mean (or sum) inside.
-        train: inputs and targets, first dimension the examples.
-        test: the same, held out; None where the problem is about optimisation alone.
-        unit: unit of ``scale · loss``, such as ``"nats per image"``.
-        scale: what turns the loss into that unit.
-        floor: the least value of ``scale · loss`` on the training set, in `unit`.
-        batch_size: examples per step, unless the user says otherwise.
-        target: the excess (in `unit`) that the race is timed to; None means that nobody is timed.
-        steps: how long a race lasts, unless the user says otherwise.
-        evaluate_every: steps between two evaluations on the whole training set (the first ones lie closer).
-        scores: name → function (outputs, targets) → one number per example, averaged over the test set.
-        rates: peer → the learning rate that it gets without ``--tune``, found by a search on this problem.
-    """
-
-    name: str
-    title: str
-    make_model: Callable[[int], nn.Module]
-    loss_fn: nn.Module
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor] | None = None
-    unit: str = "nats"
-    scale: float = 1.0
-    floor: float = 0.0
-    batch_size: int = 128
-    target: float | None = None
-    steps: int = 200
-    evaluate_every: int = 10
-    scores: Mapping[str, Score] = field(default_factory=dict)
-    rates: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        inputs, targets = self.train
-        if len(inputs) == 0:
-            raise EmptyError(f"problem {self.name!r} has no training data")
-        if len(inputs) != len(targets):
-            raise ConfigError(f"problem {self.name!r} has {len(inputs)} inputs but {len(targets)} targets")
-        if not self.name or any(c in self.name for c in "/\\:"):
-            raise ConfigError(f"a problem's name becomes a folder's: {self.name!r} won't do")
-
-    def build(self, seed: int) -> nn.Module:
-        """The model of a seed; torch's global generator is left as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.make_model(seed)
-
-
-# ------------------------------------------------------------------------------------------------ models
-
-
-def autoencoder_784(seed: int) -> nn.Sequential:
-    """784-1000-500-250-30 and its mirror image: tanh, linear code, linear output (logits).
-
-    The network of Hinton & Salakhutdinov (2006) with the tanh units of Martens & Grosse (2015), but with dense
-    initial weights: normal with variance 1/fan-in, biases zero.
-    """
-    sizes = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
-    layers: list[nn.Module] = []
-    for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-        layers.append(nn.Linear(fan_in, fan_out))
-        if index not in (3, 7):  # the code and the output are linear
-            layers.append(nn.Tanh())
-    return _normal_weights(nn.Sequential(*layers), seed)
-
-
-def perceptron(sizes: tuple[int, ...], seed: int) -> nn.Sequential:
-    """A multilayer perceptron with tanh units, weights normal with variance 1/fan-in, biases zero."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
-    return _normal_weights(nn.Sequential(*layers[:-1]), seed)
-
-
-def small_cnn(seed: int) -> nn.Sequential:
-    """Two 5×5 convolutions (8 and 16 channels) with pooling, then 256-64-10; about 20,000 parameters."""
-    model = nn.Sequential(
-        nn.Unflatten(1, (1, 28, 28)),
-        nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10),
-    )  # fmt: skip
-    return _normal_weights(model, seed, gain=2**0.5)
-
-
-def _normal_weights(model: nn.Sequential, seed: int, gain: float = 1.0) -> nn.Sequential:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                fan_in = parameter[0].numel()
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (gain / fan_in**0.5))
-            else:
-                parameter.zero_()
-    return model
-
-
-def correct(outputs: Float[Tensor, "n c"], targets: Tensor) -> Tensor:
-    """1 where the most probable class is the target, else 0."""
-    return (outputs.argmax(1) == targets).double()
-
-
-# ---------------------------------------------------------------------------------------------- problems
+from natgrad.errors import ConfigError, NatgradError, UnknownNameError
+from natgrad.lab import data, equations, fitting
+from natgrad.lab.networks import (
+    CharTransformer,
+    ResNet,
+    VisionTransformer,
+    autoencoder_784,
+    normal_weights,
+    perceptron,
+    small_cnn,
+)
+from natgrad.lab.problem import Problem, Task, correct
 
 
 def mnist() -> Problem:
@@ -217,7 +103,7 @@ def ill_conditioned_regression() -> Problem:
 
     def make_model(seed: int) -> nn.Module:
         model = nn.Linear(inputs.shape[1], 1, bias=False, dtype=torch.float64)
-        return _normal_weights(nn.Sequential(model), seed)
+        return normal_weights(nn.Sequential(model), seed)
 
     return Problem(
         name="ill-conditioned-regression",
@@ -229,18 +115,95 @@ def ill_conditioned_regression() -> Problem:
     )  # fmt: skip
 
 
-REGISTRY: dict[str, Callable[[], Problem]] = {
+def fashion_cnn() -> Problem:
+    """A convolutional network on the 60,000 images of Fashion-MNIST (Debian's dataset-fashion-mnist)."""
+    train, test = data.fashion_mnist()
+    return Problem(
+        name="fashion-cnn",
+        title="a convolutional network classifies the 60,000 images of Fashion-MNIST",
+        make_model=functools.partial(small_cnn, channels=(16, 32)),
+        loss_fn=nn.CrossEntropyLoss(), train=train, test=test, unit="nats per image",
+        batch_size=250, judged=10_000, target=0.35, steps=480, evaluate_every=48, scores={"accuracy": correct},
+        schedule=True,
+    )  # fmt: skip
+
+
+def resnet() -> Problem:
+    """A residual net of 20 layers with BatchNorm on 4,000 MNIST digits."""
+    train, test = data.split(*data.mnist_digits(), train=4000)
+    return Problem(
+        name="resnet",
+        title="a residual net of 20 layers with BatchNorm classifies 4,000 MNIST digits",
+        make_model=lambda seed: ResNet(side=28, stride=2),
+        loss_fn=nn.CrossEntropyLoss(), train=train, test=test, unit="nats per image",
+        batch_size=100, target=0.03, steps=200, evaluate_every=20, scores={"accuracy": correct}, schedule=True,
+    )  # fmt: skip
+
+
+def vit() -> Problem:
+    """A small vision transformer, four layers, on 4,000 MNIST digits."""
+    train, test = data.split(*data.mnist_digits(), train=4000)
+    return Problem(
+        name="vit",
+        title="a vision transformer of four layers classifies 4,000 MNIST digits",
+        make_model=lambda seed: VisionTransformer(side=28, patch=7),
+        loss_fn=nn.CrossEntropyLoss(), train=train, test=test, unit="nats per image",
+        batch_size=100, target=0.2, steps=400, evaluate_every=40, scores={"accuracy": correct}, schedule=True,
+    )  # fmt: skip
+
+
+def chars() -> Problem:
+    """A causal transformer of four layers on 1 MB of Shakespeare, character by character."""
+    train, test, alphabet = data.plays(context=64)
+    return Problem(
+        name="chars",
+        title="a transformer of four layers reads 1 MB of Shakespeare, character by character",
+        make_model=lambda seed: CharTransformer(len(alphabet), context=64),
+        loss_fn=nn.CrossEntropyLoss(), train=train, test=test, unit="nats per character",
+        batch_size=32, judged=500, target=2.3, steps=400, evaluate_every=40, scores={"accuracy": correct},
+        schedule=True,
+    )  # fmt: skip
+
+
+def tabular() -> Problem:
+    """A perceptron with two hidden layers on scikit-learn's breast-cancer data."""
+    train, test = data.split(*data.breast_cancer(), train=450)
+    return Problem(
+        name="tabular",
+        title="a 30-64-64-2 network diagnoses 450 tumours",
+        make_model=functools.partial(perceptron, (30, 64, 64, 2)),
+        loss_fn=nn.CrossEntropyLoss(), train=train, test=test, unit="nats per patient",
+        batch_size=90, target=0.01, steps=300, evaluate_every=10, scores={"accuracy": correct}, schedule=True,
+    )  # fmt: skip
+
+
+REGISTRY: dict[str, Callable[[], Task]] = {
     "mnist": mnist,
     "mnist-cnn": mnist_cnn,
     "mnist-autoencoder": mnist_autoencoder,
     "curves-autoencoder": curves_autoencoder,
     "digits": digits,
     "ill-conditioned-regression": ill_conditioned_regression,
+    "fashion-cnn": fashion_cnn,
+    "resnet": resnet,
+    "vit": vit,
+    "chars": chars,
+    "tabular": tabular,
+    "poisson-2d": equations.poisson_2d,
+    "poisson-5d": equations.poisson_5d,
+    "heat": equations.heat,
+    "helmholtz": equations.helmholtz,
+    "misra1a": fitting.nist_misra1a,
+    "boxbod": fitting.nist_boxbod,
+    "thurber": fitting.nist_thurber,
+    "mgh09": fitting.nist_mgh09,
+    "mgh10": fitting.nist_mgh10,
+    "linear-gaussian": fitting.linear_gaussian,
 }
 STUDIES = ("two-coordinates",)  # raced along a flow rather than against peers: natgrad.lab.coordinates
 
 
-def load_problem(name: str) -> Problem:
+def load_problem(name: str) -> Task:
     """The problem of a name, or of ``module:factory`` (the current directory is importable).
 
     Raises:
@@ -249,8 +212,10 @@ def load_problem(name: str) -> Problem:
     """
     if ":" in name:
         made = call_factory(name)
-        if not isinstance(made, Problem):
-            raise ConfigError(f"{name} gave a {type(made).__name__}; it must give a natgrad.lab.Problem")
+        if not isinstance(made, Task):
+            raise ConfigError(
+                f"{name} gave a {type(made).__name__}; it must give a natgrad.lab.Problem or ResidualProblem"
+            )
         return made
     if name not in REGISTRY:
         raise UnknownNameError("problem", name, [*REGISTRY, *STUDIES])
@@ -284,7 +249,7 @@ def call_factory(path: str) -> object:
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise UnknownNameError(f"function of {module_name}", attribute, names)
     found = getattr(module, attribute)
-    if isinstance(found, (Problem, nn.Module)) or not callable(found):
+    if isinstance(found, (Task, nn.Module)) or not callable(found):
         return found
     try:
         return found()

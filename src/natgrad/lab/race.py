@@ -1,28 +1,29 @@
 """A race: several optimisers on one problem, from the same weights, on the same batches, seed by seed.
 
 What is fair about it: for a seed, every optimiser starts from the same weights and sees the same batches in the same
-order; the clock runs only while an optimiser trains, never during evaluation; the first run does not pay for
-warming up torch; peers may tune their learning rate on the first seed, natgrad may not.
+order; where a problem has a schedule of rates, all peers follow it; the clock runs only while an optimiser trains,
+never during evaluation; the first run does not pay for warming up torch; peers may tune their learning rate on the
+first seed, natgrad may not.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from natgrad.errors import ConfigError, NatgradError, NonFiniteError, NotPositiveDefiniteError, RunError
 from natgrad.lab.live import SILENT, View
-from natgrad.lab.peers import Entrant, neighbour, unavailable
+from natgrad.lab.peers import Entrant, neighbour, share_of_rate, unavailable
 from natgrad.lab.plan import Budget, Leg
-from natgrad.lab.problems import Problem
+from natgrad.lab.problem import ResidualProblem, Task
 from natgrad.lab.runs import Record, RunFolder, read_race, write_json
 
 _CHECKPOINT_EVERY = 15.0  # seconds of wall time
@@ -44,7 +45,7 @@ class Race:
         tune: whether peers try a grid of five learning rates on the first seed, and race with the best.
     """
 
-    problem: Problem
+    problem: Task
     entrants: tuple[Entrant, ...]
     folder: Path
     budget: Budget
@@ -54,7 +55,9 @@ class Race:
     tune: bool = False
 
     def __post_init__(self) -> None:
-        examples = len(self.problem.train[0])
+        examples = self.problem.examples
+        if self.batch_size is not None and isinstance(self.problem, ResidualProblem):
+            raise ConfigError(f"{self.problem.name!r} takes all its residuals in each step: no batch size")
         if not 1 <= self.examples_a_step <= examples:
             raise ConfigError(
                 f"batch size {self.batch_size} must lie between 1 and the {examples} training examples"
@@ -63,13 +66,18 @@ class Race:
             raise ConfigError("a race needs at least one seed, and none twice")
         if self.target is not None and not self.target > 0:
             raise ConfigError(
-                f"the target is an excess above the optimum and must be positive, not {self.target:g}"
+                f"the target is an excess above the optimum, or an error, and must be positive, not {self.target:g}"
             )
 
     @property
     def examples_a_step(self) -> int:
         """The batch size in force."""
-        return self.problem.batch_size if self.batch_size is None else self.batch_size
+        return self.problem.examples_a_step if self.batch_size is None else self.batch_size
+
+    @property
+    def batches(self) -> bool:
+        """Whether each step takes other examples than the one before."""
+        return self.examples_a_step < self.problem.examples
 
     def run(self, view: View = SILENT) -> dict[str, Record]:
         """Runs what is not finished yet.
@@ -83,7 +91,7 @@ class Race:
         """
         able, left_out = [], {}
         for entrant in self.entrants:
-            reason = unavailable(entrant)
+            reason = unavailable(entrant, self.batches)
             if reason is None:
                 able.append(entrant)
             else:
@@ -152,14 +160,13 @@ class Race:
         ]  # fmt: skip
         new = {row["label"] for row in rows}
         kept = [row for row in before.get("entrants", []) if row["label"] not in new]
-        inputs = problem.train[0]
         target = problem.target if self.target is None else self.target
         write_json(
             path,
             {
-                "problem": problem.name, "title": problem.title, "unit": problem.unit,
-                "floor": problem.floor, "target": target, "examples": len(inputs),
-                "scores": list(problem.scores) if problem.test is not None else [],
+                "problem": problem.name, "title": problem.title, "measure": problem.measure,
+                "unit": problem.unit, "floor": problem.floor, "target": target, "examples": problem.examples,
+                "scores": list(problem.scored), "schedule": problem.schedule,
                 "parameters": sum(p.numel() for p in problem.build(self.seeds[0]).parameters()),
                 "batch_size": self.examples_a_step, "steps": self.budget.steps, "seconds": self.budget.seconds,
                 "seeds": sorted({*before.get("seeds", []), *self.seeds}),
@@ -173,8 +180,8 @@ class Race:
         config = {
             "problem": self.problem.name, "optimizer": leg.entrant.name, "rate": leg.entrant.rate, "seed": leg.seed,
             "batch_size": self.examples_a_step, "steps": self.budget.steps, "seconds": self.budget.seconds,
-            "evaluate_every": self.budget.evaluate_every, "loss": repr(self.problem.loss_fn),
-            "examples": len(self.problem.train[0]), "parameters": sum(p.numel() for p in parameters),
+            "evaluate_every": self.budget.evaluate_every, "loss": repr(self.problem.likelihood),
+            "examples": self.problem.examples, "parameters": sum(p.numel() for p in parameters),
         }  # fmt: skip
         folder = RunFolder(self.folder / "runs" / leg.name, config)
         done = folder.result
@@ -205,9 +212,8 @@ class _Diverged(ArithmeticError):
     """The batch loss is no longer a finite number."""
 
 
-def _train(problem: Problem, leg: Leg, folder: RunFolder, budget: Budget, state: Record, view: View) -> None:
+def _train(problem: Task, leg: Leg, folder: RunFolder, budget: Budget, state: Record, view: View) -> None:
     """Trains one leg to the end of its budget; `state` is kept current for whoever catches an error."""
-    inputs, targets = problem.train
     checkpoint = folder.load_checkpoint()
     try:
         model, loss_fn, optimizer = _prepared(problem, leg, checkpoint)
@@ -223,25 +229,26 @@ def _train(problem: Problem, leg: Leg, folder: RunFolder, budget: Budget, state:
     else:
         torch.set_rng_state(checkpoint["generator"])
         state.update({k: checkpoint[k] for k in ("step", "seconds", "excess")})
-    judge = _Judge(problem, problem.build(leg.seed))
+    twin = problem.build(leg.seed)
     folder.begin(checkpoint)
     view.start(leg, budget.spent(state["step"], state["seconds"]))
     if checkpoint is None:
-        _evaluate(judge, model, folder, state, view, leg, 0.0)
+        _evaluate(problem, twin, model, folder, state, view, leg, 0.0)
     saved = time.perf_counter()
-    for rows in batches(len(inputs), folder.config["batch_size"], leg.seed, state["step"]):
-        if budget.spent(state["step"], state["seconds"]) >= 1:
+    rate = leg.entrant.rate
+    for batch in problem.batches(folder.config["batch_size"], leg.seed, state["step"]):
+        spent = budget.spent(state["step"], state["seconds"])
+        if spent >= 1:
             break
+        if problem.schedule and rate is not None and not leg.entrant.ours:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share_of_rate(spent)
         started = time.perf_counter()
-        x, y = inputs[rows], targets[rows]
-        optimizer.zero_grad()
-        loss = loss_fn(model(x), y)
-        loss.backward()
-        optimizer.step()
+        loss = _step(problem, leg.entrant, optimizer, model, loss_fn, batch)
         seconds = time.perf_counter() - started
         state["step"] += 1
         state["seconds"] += seconds
-        value = problem.scale * float(loss.detach())
+        value = getattr(problem, "scale", 1.0) * loss
         record: Record = {"kind": "step", "step": state["step"], "seconds": state["seconds"], "loss": value}
         info = getattr(optimizer, "info", None)
         if info is not None:
@@ -250,9 +257,9 @@ def _train(problem: Problem, leg: Leg, folder: RunFolder, budget: Budget, state:
         if not math.isfinite(value):
             raise _Diverged(f"the loss is {value} at step {state['step']}")
         spent = budget.spent(state["step"], state["seconds"])
-        view.progress(leg, {**record, "excess": value - problem.floor, "each": seconds}, spent)
+        view.progress(leg, {**record, "excess": _shown(problem, state, value), "each": seconds}, spent)
         if budget.evaluates(state["step"]) or spent >= 1:
-            _evaluate(judge, model, folder, state, view, leg, spent)
+            _evaluate(problem, twin, model, folder, state, view, leg, spent)
         if time.perf_counter() - saved > _CHECKPOINT_EVERY:
             folder.save_checkpoint(
                 {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -261,11 +268,42 @@ def _train(problem: Problem, leg: Leg, folder: RunFolder, budget: Budget, state:
             saved = time.perf_counter()
 
 
+def _step(
+    problem: Task,
+    entrant: Entrant,
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    loss_fn: nn.Module | None,
+    batch: Any,
+) -> float:
+    """One step, as the optimiser wants to be called; the loss before it."""
+    if entrant.ours and isinstance(problem, ResidualProblem):
+        residuals: Any = functools.partial(problem.residuals, model, batch)
+        return float(optimizer.step(residuals))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = problem.loss(model, loss_fn, batch)
+        loss.backward()
+        return loss.detach()
+
+    if entrant.evaluates:
+        return float(optimizer.step(closure))  # type: ignore[arg-type]
+    loss = closure()
+    optimizer.step()
+    return float(loss)
+
+
+def _shown(problem: Task, state: Record, loss: float) -> float:
+    """What the live view shows between evaluations: the batch's excess, or the last error."""
+    return state["excess"] if isinstance(problem, ResidualProblem) else loss - problem.floor
+
+
 def _prepared(
-    problem: Problem, leg: Leg, checkpoint: Record | None
-) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    problem: Task, leg: Leg, checkpoint: Record | None
+) -> tuple[nn.Module, nn.Module | None, torch.optim.Optimizer]:
     """Model, loss and optimiser of a leg: as new, or as a checkpoint left them."""
-    model, loss_fn = problem.build(leg.seed), copy.deepcopy(problem.loss_fn)
+    model, loss_fn = problem.build(leg.seed), copy.deepcopy(problem.likelihood)
     optimizer = leg.entrant.build(model, loss_fn, leg.entrant.rate, leg.seed)
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
@@ -274,9 +312,17 @@ def _prepared(
 
 
 def _evaluate(
-    judge: _Judge, model: nn.Module, folder: RunFolder, state: Record, view: View, leg: Leg, spent: float
+    problem: Task,
+    twin: nn.Module,
+    model: nn.Module,
+    folder: RunFolder,
+    state: Record,
+    view: View,
+    leg: Leg,
+    spent: float,
 ) -> None:
-    measured = judge(model)
+    twin.load_state_dict(model.state_dict())
+    measured = problem.judge(twin)
     state["excess"] = measured["excess"]
     record = {"kind": "evaluation", "step": state["step"], "seconds": state["seconds"], **measured}
     folder.append(record)
@@ -285,70 +331,10 @@ def _evaluate(
     view.progress(leg, record, spent)
 
 
-class _Judge:
-    """Measures a model on the whole training set, and on the test set if there is one.
-
-    It works on a twin of the model and a copy of the loss: an optimiser that listens to forward passes (as natgrad
-    does) must see the training batches only.
-    """
-
-    def __init__(self, problem: Problem, twin: nn.Module) -> None:
-        self.problem, self.twin = problem, twin.eval()
-        self.loss_fn = copy.deepcopy(problem.loss_fn)
-
-    @torch.no_grad()
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        problem = self.problem
-        self.twin.load_state_dict(model.state_dict())
-        loss = problem.scale * self._pass(problem.train, {})["loss"]
-        measured = {"loss": loss, "excess": loss - problem.floor}
-        if problem.test is not None:
-            tested = self._pass(problem.test, dict(problem.scores))
-            measured["test_loss"] = problem.scale * tested.pop("loss")
-            measured |= {f"test_{name}": value for name, value in tested.items()}
-        return measured
-
-    def _pass(self, where: tuple[Tensor, Tensor], scores: dict[str, Any]) -> dict[str, float]:
-        """Means over the examples, 1,000 at a time. A summed loss is scaled to what one batch would give."""
-        inputs, targets = where
-        count = len(inputs)
-        summed = getattr(self.loss_fn, "reduction", "mean") == "sum"
-        totals = dict.fromkeys(["loss", *scores], 0.0)
-        for start in range(0, count, 1000):
-            rows = slice(start, min(start + 1000, count))
-            outputs = self.twin(inputs[rows])
-            here = rows.stop - rows.start
-            totals["loss"] += float(self.loss_fn(outputs, targets[rows])) * (
-                self.problem.batch_size / count if summed else here / count
-            )
-            for name, score in scores.items():
-                totals[name] += float(score(outputs, targets[rows]).sum()) / count
-        return totals
-
-
-def batches(count: int, size: int, seed: int, start: int = 0) -> Iterator[Tensor | slice]:
-    """The rows of batch `start`, `start` + 1, …: a pure function of the seed, so a run can resume anywhere.
-
-    Every epoch is its own permutation; what is left over at its end is not used. A batch of everything keeps the
-    data's order.
-    """
-    if size == count:
-        while True:
-            yield slice(None)
-    per_epoch = count // size
-    step = start
-    while True:
-        epoch, first = divmod(step, per_epoch)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        for index in range(first, per_epoch):
-            yield order[index * size : (index + 1) * size]
-            step += 1
-
-
-def _warm_up(problem: Problem, size: int) -> None:
+def _warm_up(problem: Task, size: int) -> None:
     """One forward and backward pass that nobody is charged for: thread pools and kernels start here."""
-    model, loss_fn = problem.build(0), copy.deepcopy(problem.loss_fn)
+    model, loss_fn = problem.build(0), copy.deepcopy(problem.likelihood)
     try:
-        loss_fn(model(problem.train[0][:size]), problem.train[1][:size]).backward()
+        problem.loss(model, loss_fn, next(problem.batches(size, 0))).backward()
     except Exception:  # the runs meet the same error and report it
         return

@@ -18,7 +18,7 @@ from natgrad.lab import figures
 from natgrad.lab.formats import number, power
 from natgrad.lab.runs import Record, read_json, read_race
 from natgrad.lab.study import Study, studies_from
-from natgrad.lab.summary import Summary, summarise, table
+from natgrad.lab.summary import Summary, measure, summarise, table
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,15 @@ def _race_page(folder: Path) -> str:
     seeds = len(race["seeds"])
     bands = f"Median of {seeds} seeds; the band is their range." if seeds > 1 else "One seed."
     target = "" if race.get("target") is None else " Dots mark where the target was reached."
+    excess = measure(race) == "excess"
+    what, things = ("Loss", "examples") if excess else ("Error", "residuals")
+    told = "Excess over the least possible loss" if excess else measure(race).capitalize()
     plates = [
-        Plate("loss-vs-seconds", "Loss against seconds",
-              f"Excess over the least possible loss. The clock runs while an optimiser trains. {bands}{target}",
+        Plate("loss-vs-seconds", f"{what} against seconds",
+              f"{told}. The clock runs while an optimiser trains. {bands}{target}",
               figures.excess_figure(summary, "seconds")),
-        Plate("loss-vs-steps", "Loss against steps",
-              f"The same runs, counted in steps of {race['batch_size']:,} examples. {bands}{target}",
+        Plate("loss-vs-steps", f"{what} against steps",
+              f"The same runs, counted in steps of {race['batch_size']:,} {things}. {bands}{target}",
               figures.excess_figure(summary, "step")),
     ]  # fmt: skip
     adaptation = figures.adaptation_figure(summary)
@@ -106,8 +109,13 @@ def _setting(summary: Summary) -> str:
     title = race["title"][0].upper() + race["title"][1:]
     span = f"{race['steps']:,} steps" if race["steps"] else f"{race['seconds']:g} seconds of training"
     seeds = len(race["seeds"])
+    taken = (
+        f"batches of {race['batch_size']:,} out of {race['examples']:,}"
+        if measure(race) == "excess"
+        else f"{race['batch_size']:,} residuals a step"
+    )
     return (
-        f"{title}: {race['parameters']:,} parameters, batches of {race['batch_size']:,} out of {race['examples']:,}, "
+        f"{title}: {race['parameters']:,} parameters, {taken}, "
         f"{span} a run, {seeds} seed{'s' if seeds > 1 else ''}."
     )
 
@@ -115,7 +123,9 @@ def _setting(summary: Summary) -> str:
 def _table(summary: Summary) -> str:
     heads, rows = table(summary)
     target = summary.race.get("target")
-    caption = f"Excess in {summary.race['unit']}" + ("" if target is None else f"; target {number(target)}")
+    race = summary.race
+    told = f"Excess in {race['unit']}" if measure(race) == "excess" else measure(race).capitalize()
+    caption = told + ("" if target is None else f"; target {number(target)}")
     if len(summary.race["seeds"]) > 1:
         caption += "; medians over seeds, ranges in brackets"
     head = "".join(f"<th scope=col>{_text(h)}</th>" for h in heads)
@@ -137,12 +147,19 @@ def _cell(text: str) -> str:
 
 
 def _method(summary: Summary) -> str:
-    floor = summary.race["floor"]
+    race = summary.race
+    told = (
+        "Excess is the loss on the training set less the least value it can take "
+        f"({number(race['floor'])} {_text(race['unit'])} here)."
+        if measure(race) == "excess"
+        else f"What is measured is the {_text(measure(race))}, against the known solution."
+    )
+    if race.get("schedule"):
+        told += " Peers’ rates rise over the first twentieth of a run and fall to zero along a cosine."
     return (
         "<section class=notes><h2>How it was measured</h2><p>For each seed every optimiser starts from the same "
         "weights and sees the same batches in the same order. Seconds count forward pass, backward pass and step, not "
-        "evaluation. Excess is the loss on the whole training set less the least value it can take "
-        f"({number(floor)} {_text(summary.race['unit'])} here). Times to target are interpolated between evaluations; "
+        f"evaluation. {told} Times to target are interpolated between evaluations; "
         "“÷ best peer” divides by the best of all peers in that column, so below 1 is better than every peer, and "
         "&lt; or &gt; give the bound that is known where one side did not reach the target.</p></section>"
     )

@@ -54,6 +54,17 @@ def ratio_text(mine: float, my_length: float, theirs: float, their_length: float
     return "–"
 
 
+def measure(race: Record) -> str:
+    """What the race was measured by: the excess of the loss, or an error."""
+    return str(race.get("measure", "excess"))
+
+
+def amount(race: Record, value: float) -> str:
+    """An excess of 0.01 nats per image; a relative L2 error of 10⁻⁵."""
+    article = "an" if measure(race)[0] in "aeiou" else "a"
+    return f"{article} {measure(race)} of {number(value)} {race['unit']}".rstrip()
+
+
 def summarise(race: Record, runs: Sequence[Run]) -> Summary:
     """Puts a race's runs together.
 
@@ -77,13 +88,14 @@ def _headline(race: Record, standings: list[Standing]) -> str:
     """One sentence: who won, by how much. It says so as plainly when natgrad loses."""
     ours = min((s for s in standings if s.ours), key=rank, default=None)
     peer = min((s for s in standings if not s.ours), key=rank, default=None)
-    target, unit = race.get("target"), race["unit"]
+    target = race.get("target")
     lead = min(standings, key=rank)
     if target is None or not any(math.isfinite(median(s, "seconds")) for s in standings):
         end = min(standings, key=lambda s: s.excess.median)
-        none = "" if target is None else f"Nobody reached an excess of {number(target)} {unit}. "
-        return f"{none}The lowest excess at the end is {_who(end)}’s: {number(end.excess.median)} {unit}."
-    goal = f"an excess of {number(target)} {unit}"
+        none = "" if target is None else f"Nobody reached {amount(race, target)}. "
+        last = f"{number(end.excess.median)} {race['unit']}".rstrip()
+        return f"{none}The lowest {measure(race)} at the end is {_who(end)}’s: {last}."
+    goal = amount(race, target)
     if ours is None or peer is None:
         first = f"{_who(lead)} reached {goal} in {duration(median(lead, 'seconds'))}"
         return f"{first} and {_count(median(lead, 'steps'))}."
@@ -194,7 +206,7 @@ COLUMNS: tuple[tuple[str, Callable[[Summary, Standing], str]], ...] = (
     ("÷ best peer", lambda s, x: s.ratio(x, "seconds")),
     ("time per step", lambda s, x: duration(x.each)),
     (
-        "excess at the end",
+        "at the end",
         lambda s, x: _spread(x.excess, number) if math.isfinite(x.excess.median) else "diverged",
     ),
 )
@@ -205,7 +217,8 @@ def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     race = summary.race
     target = race.get("target")
     chosen = [c for c in COLUMNS if target is not None or ("target" not in c[0] and "peer" not in c[0])]
-    heads = ["optimiser", "rate", *(head for head, _ in chosen)]
+    end = "excess at the end" if measure(race) == "excess" else "error at the end"
+    heads = ["optimiser", "rate", *(head for head, _ in chosen[:-1]), end]
     scored = bool(race.get("scores")) and any(s.score is not None for s in summary.standings)
     if scored:
         heads.append(f"test {race['scores'][0]}")

@@ -23,11 +23,15 @@ from natgrad.errors import NonFiniteError, NotPositiveDefiniteError
 
 
 class Stage(enum.Enum):
-    """Which stage of the fallback a factorisation needed, from the ordinary to the last resort."""
+    """Which stage of the fallback a factorisation needed, from the ordinary to the last resort.
+
+    TRUNCATED is none of `cholesky`: an undamped solution left out eigenvalues that can't be told from rounding.
+    """
 
     CHOLESKY = "cholesky"
     MORE_DAMPING = "more damping"
     EIGENDECOMPOSITION = "eigendecomposition"
+    TRUNCATED = "small eigenvalues left out"
 
 
 @torch.no_grad()

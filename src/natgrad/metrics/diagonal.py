@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from natgrad.errors import StepError
-from natgrad.metrics.average import Weight, accumulate, decay_since
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
 from natgrad.metrics.refresh import Refresh
+from natgrad.metrics.runningsquares import RunningSquares
 from natgrad.operators import Diagonal as DiagonalOperator
 from natgrad.operators import LinearOperator
 from natgrad.tape.finite import require_finite
 from natgrad.tape.passes import SignalPass
-from natgrad.tape.rows import layer_rows, portions
+from natgrad.tape.rows import explain, portions
 
 # Signals of so many bytes, of as many output columns as that makes, are squared together.
 COLUMN_BYTES = 2**28
@@ -46,7 +45,7 @@ class Diagonal(Metric):
         Refresh(self.refresh)
 
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
-        """An estimate of the diagonal for the linear maps and convolutions among the parameters."""
+        """An estimate of the diagonal for the parameters that a rule of the tape covers."""
         return _DiagonalEstimate(self, parameters)
 
 
@@ -56,61 +55,45 @@ class _DiagonalEstimate(Estimate):
         self._metric = metric
         self.kind = metric.kind
         self._refresh = Refresh(metric.refresh)
-        self._totals: dict[str, Tensor] = {}
-        self._weights: dict[str, Weight] = {}
-        self._steps: dict[str, int] = {}  # when each was last observed
+        self._squares = RunningSquares(self.parameters, metric.decay)
 
     def covers(self, name: str) -> bool:
-        return name in self._totals
+        return name in self._squares
 
     def due(self, step: int) -> bool:
         return self._refresh.due(step)
 
     def observe(self, observation: Observation) -> None:
-        seen: set[str] = set()
+        self._squares.begin(observation)
         for passes in portions(observation.passes, COLUMN_BYTES):
-            for name, value in self._squares(passes).items():
-                # Further columns of an exact pass join what is there.
-                decay = 1.0 if name in seen else self._begin(name, observation)
-                seen.add(name)
-                value = value.reshape(self.parameters[name].shape)
-                accumulate(self._totals[name], value, decay, observation.numerator)
+            squares = self._squares_of(passes)
+            require_finite(squares.items())
+            for name, value in squares.items():
+                self._squares.add(name, value)
         self._refresh.took(observation.step)
-        self._refresh.observed(self._totals)
+        self._refresh.observed(self._squares.totals)
 
-    def _squares(self, passes: list[SignalPass]) -> dict[str, Tensor]:
+    def _squares_of(self, passes: list[SignalPass]) -> dict[str, Tensor]:
         """Σₙ of squared scores over these columns, for all parameters that acted by a rule."""
-        layers, rest = layer_rows(passes, self.parameters, partial=True)
-        squares: dict[str, Tensor] = {}
-        for layer in layers:
-            squares |= layer.squares()
+        explained = explain(passes, self.parameters, partial=True)
+        squares = explained.squares()
         # A map that acted on something that is not the batch: its scores are known by differentiation alone.
         acted = {name for block in passes[0].tape.blocks.values() for name in block.names}
-        elsewhere = {name: self.parameters[name] for name in rest if name in acted}
+        elsewhere = {name: self.parameters[name] for name in explained.rest if name in acted}
         if elsewhere:
             for signal_pass in passes:
                 for _, scores in signal_pass.scores(elsewhere):
                     for name, score in scores.items():
                         own = score.square_().sum(0)
                         squares[name] = squares[name] + own if name in squares else own
-        require_finite(squares.items())
         return squares
 
-    def _begin(self, name: str, observation: Observation) -> float:
-        """Counts a micro-batch for a parameter, and says what remains of its old total."""
-        first = observation.first or self._steps.get(name) != observation.step
-        decay = decay_since(self._metric.decay, self._steps.get(name), observation.step)
-        self._totals.setdefault(name, torch.zeros_like(self.parameters[name]))
-        self._weights.setdefault(name, Weight()).add(observation.denominator(first), decay)
-        self._steps[name] = observation.step
-        return decay
-
     def _values(self) -> dict[str, Tensor]:
-        if not self._totals:
+        if not self._squares.totals:
             raise StepError(
                 "the diagonal was not observed yet: run a forward pass and the loss before step()"
             )
-        return {name: total / self._weights[name].total for name, total in self._totals.items()}
+        return self._squares.averages()
 
     def operator(self) -> LinearOperator:
         values = self._values()
@@ -125,15 +108,8 @@ class _DiagonalEstimate(Estimate):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "totals": dict(self._totals),
-            "weights": {name: weight.total for name, weight in self._weights.items()},
-            "steps": dict(self._steps),
-            "refresh": self._refresh.state_dict(),
-        }
+        return {"squares": self._squares.state_dict(), "refresh": self._refresh.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._totals = {name: total.clone() for name, total in state["totals"].items()}
-        self._weights = {name: Weight(total) for name, total in state["weights"].items()}
-        self._steps = dict(state["steps"])
+        self._squares.load_state_dict(state["squares"])
         self._refresh.load_state_dict(state["refresh"])

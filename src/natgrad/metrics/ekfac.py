@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from natgrad.errors import StepError
 from natgrad.linalg import eigendecomposition
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
-from natgrad.metrics.factors import FactorEstimate, Factors, Sharing, check_examples, check_sharing
+from natgrad.metrics.factorestimate import FactorEstimate
+from natgrad.metrics.factors import Factors, Sharing, check_examples, check_largest, check_sharing
 from natgrad.metrics.layers import Layer, columns_of
 from natgrad.metrics.refresh import Refresh
 from natgrad.metrics.squares import add_squares
-from natgrad.operators import BlockDiagonal, EigenKronecker, LinearOperator
+from natgrad.operators import EigenKronecker, LinearOperator
+from natgrad.tape.elements import ElementColumns
 from natgrad.tape.records import Block
 
 # `natgrad.fisher` keeps inputs and signals of the first sweep, up to so many bytes, to save the second one.
@@ -47,6 +49,7 @@ class EKFAC(Metric):
         refresh: renew the eigenbasis every so many steps; adapted likewise if None.
         examples: at most so many examples of a batch are looked at, evenly spaced; None for all.
         sharing: which factors give the basis where positions share a weight, as in `KFAC`.
+        largest: a side of more numbers has no basis but the coordinates; None for no bound.
     """
 
     kind: Kind = "mc"
@@ -55,6 +58,7 @@ class EKFAC(Metric):
     refresh: int | None = None
     examples: int | None = 512
     sharing: Sharing = "expand"
+    largest: int | None = 8192
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -63,9 +67,10 @@ class EKFAC(Metric):
         Refresh(self.refresh)
         check_sharing(self.sharing)
         check_examples(self.examples)
+        check_largest(self.largest)
 
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
-        """An estimate for the linear maps and convolutions among the parameters."""
+        """An estimate for the parameters that a rule of the tape covers."""
         return _EKFACEstimate(self, parameters)
 
 
@@ -73,14 +78,16 @@ class EKFAC(Metric):
 class _Eigen:
     """One block's basis and the running sum behind S, with an axis for the groups: [groups, ...]."""
 
-    U_A: Float[Tensor, "groups i i"]
-    U_G: Float[Tensor, "groups o o"]
+    U_A: Float[Tensor, "groups i i"] | None
+    U_G: Float[Tensor, "groups o o"] | None
     total: Float[Tensor, "groups o i"]
 
-    def turn(self, U_A: Tensor, U_G: Tensor) -> None:
+    def turn(self, U_A: Tensor | None, U_G: Tensor | None) -> None:
         """Takes a new basis, and S as the old operator's diagonal in it: (R_G²) S (R_A²)ᵀ with R = Uᵀ_new U_old."""
-        rotation_A, rotation_G = (U_A.mT @ self.U_A).square_(), (U_G.mT @ self.U_G).square_()
-        self.total = rotation_G @ self.total @ rotation_A.mT
+        if U_G is not None and self.U_G is not None:
+            self.total = (U_G.mT @ self.U_G).square_() @ self.total
+        if U_A is not None and self.U_A is not None:
+            self.total = self.total @ (U_A.mT @ self.U_A).square_().mT
         self.U_A, self.U_G = U_A, U_G
 
 
@@ -89,13 +96,13 @@ class _Kept:
     """What one block did in some passes of a micro-batch, kept until its basis is known."""
 
     factors: Factors
-    layer: Layer
+    layer: Layer | ElementColumns
     numerator: float
 
 
 class _EKFACEstimate(FactorEstimate):
     def __init__(self, metric: EKFAC, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__(parameters, metric.decay, metric.examples, metric.sharing)
+        super().__init__(parameters, metric.decay, metric.examples, metric.sharing, metric.largest)
         self.kind = metric.kind
         self._eigen: dict[str, _Eigen] = {}
         self._observing = Refresh(metric.factors)
@@ -109,7 +116,7 @@ class _EKFACEstimate(FactorEstimate):
 
     def observe(self, observation: Observation) -> None:
         due = self._turning.due(observation.step)
-        kept: dict[str, _Kept] = {}
+        kept: dict[tuple[str, bool], _Kept] = {}
         for fed in self._feed(observation, factors_too=not self._second):
             weight = fed.factors.block.weight
             eigen = self._eigen.get(weight)
@@ -118,18 +125,22 @@ class _EKFACEstimate(FactorEstimate):
             if eigen is not None and (self._second or not due):
                 add_squares(eigen.total, fed.layer, eigen.U_A, eigen.U_G, fed.numerator)
             elif self._keep(fed.layer, observation.again):
-                known = kept.get(weight)
-                layer = fed.layer if known is None else known.layer.with_passes_of(fed.layer)
-                kept[weight] = _Kept(fed.factors, layer, fed.numerator)
+                key = weight, isinstance(fed.layer, Layer)
+                layer = _joined(kept[key].layer, fed.layer) if key in kept else fed.layer
+                kept[key] = _Kept(fed.factors, layer, fed.numerator)
         if self.sweeps == 1:
             self._kept += kept.values()
         if not self._second:
             self._observing.took(observation.step)
             self._observing.observed(self._sums())
 
-    def _keep(self, layer: Layer, again: bool) -> bool:
+    def _keep(self, layer: Layer | ElementColumns, again: bool) -> bool:
         """Whether to keep what a block did until its basis is known; all goes where the data can be shown again."""
-        self._bytes += sum(t.numel() * t.element_size() for use in layer.uses for t in columns_of(use))
+        if isinstance(layer, Layer):
+            signals = [t for use in layer.uses for t in columns_of(use)]
+        else:
+            signals = [t for one in layer.signals for t in one]
+        self._bytes += sum(t.numel() * t.element_size() for t in signals)
         if again and self._bytes > KEPT_BYTES:
             self.sweeps, self._kept = 2, []
         return self.sweeps == 1
@@ -147,13 +158,15 @@ class _EKFACEstimate(FactorEstimate):
             factors = self._blocks[weight]
             (A, G), layer = factors.averages(), factors.space.label
             U_A, U_G = (
-                eigendecomposition(matrix, layer=layer, factor=side)[1].reshape(-1, *matrix.shape[-2:])
+                None
+                if matrix.ndim == 1
+                else eigendecomposition(matrix, layer=layer, factor=side)[1].reshape(-1, *matrix.shape[-2:])
                 for side, matrix in (("A", A), ("G", G))
             )
             if weight in self._eigen:
                 self._eigen[weight].turn(U_A, U_G)
             else:
-                total = A.new_zeros(len(U_A), U_G.shape[-1], U_A.shape[-1])
+                total = A.new_zeros(factors.block.groups, G.shape[-1], A.shape[-1])
                 self._eigen[weight] = _Eigen(U_A, U_G, total)
 
     def _settle(self, step: int | None = None) -> None:
@@ -169,32 +182,24 @@ class _EKFACEstimate(FactorEstimate):
             self._turning.took(step)
             self._turning.observed(self._sums())
 
-    def _values(self, weight: str) -> tuple[Tensor, Tensor, Tensor]:
-        """U_A, U_G and S, without an axis for one group."""
-        eigen, factors = self._eigen[weight], self._blocks[weight]
-        S = eigen.total / factors.G_weight.total
-        found = eigen.U_A, eigen.U_G, S
-        return found if factors.block.groups > 1 else (found[0][0], found[1][0], found[2][0])
-
     def _block(self, weight: str) -> EigenKronecker:
-        factors = self._blocks[weight]
-        return EigenKronecker(factors.space, *self._values(weight), factors.block.transposed)
+        eigen, factors = self._eigen[weight], self._blocks[weight]
+        S = eigen.total / factors.examples
+        return EigenKronecker(factors.space, eigen.U_A, eigen.U_G, S, factors.block.transposed)
 
     def operator(self) -> LinearOperator:
         self._settle()
-        if not self._eigen:
+        if self._empty:
             raise StepError("no eigenvalue was observed yet: run a forward pass and the loss before step()")
-        blocks = [self._block(weight) for weight in self._eigen]
-        return BlockDiagonal(self.space.restrict(n for b in blocks for n in b.space.names), blocks)
+        return self._with_diagonal([self._block(weight) for weight in self._eigen])
 
     def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
         self._settle(step)
-        if not self._eigen:
+        if self._empty:
             raise StepError("no eigenvalue was observed yet: run a forward pass and the loss before step()")
-        direction: dict[str, Tensor] = {}
+        direction = self._entrywise(gradient, damping)
         for weight in self._eigen:
-            factors = self._blocks[weight]
-            given = self._padded(factors.block, gradient)
+            given = self._padded(self._blocks[weight].block, gradient)
             if given:
                 direction |= dict(self._block(weight).solve(given, damping))
         return direction
@@ -204,6 +209,7 @@ class _EKFACEstimate(FactorEstimate):
         return {
             "blocks": {w: f.state_dict() for w, f in self._blocks.items()},
             "eigen": {w: (e.U_A, e.U_G, e.total) for w, e in self._eigen.items()},
+            "squares": self._squares.state_dict(),
             "observing": self._observing.state_dict(),
             "turning": self._turning.state_dict(),
         }
@@ -212,6 +218,19 @@ class _EKFACEstimate(FactorEstimate):
         self._blocks, self._kept, self._bytes = {}, [], 0
         for saved in state["blocks"].values():
             self._factors(Block(**saved["block"])).load_state_dict(saved)
-        self._eigen = {w: _Eigen(*(t.clone() for t in saved)) for w, saved in state["eigen"].items()}
+        self._eigen = {}
+        for weight, (U_A, U_G, total) in state["eigen"].items():
+            U_A, U_G = (None if U is None else U.clone() for U in (U_A, U_G))
+            self._eigen[weight] = _Eigen(U_A, U_G, total.clone())
+        self._squares.load_state_dict(state["squares"])
         self._observing.load_state_dict(state["observing"])
         self._turning.load_state_dict(state["turning"])
+
+
+def _joined(before: Layer | ElementColumns, more: Layer | ElementColumns) -> Layer | ElementColumns:
+    """One use with the signals of both."""
+    if isinstance(before, Layer):
+        assert isinstance(more, Layer)
+        return before.with_passes_of(more)
+    assert isinstance(more, ElementColumns)
+    return before.with_passes_of(more)

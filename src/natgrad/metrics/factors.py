@@ -14,184 +14,196 @@ With one position they are the same, Martens & Grosse 2015 (arXiv 1503.05671), �
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from natgrad.errors import ConfigError
-from natgrad.metrics.average import Weight, accumulate, decay_since
-from natgrad.metrics.base import Estimate, Observation
-from natgrad.metrics.layers import Layer, layers_of
+from natgrad.metrics.average import Weight, accumulate
+from natgrad.metrics.layers import Layer
 from natgrad.operators import ParameterSpace
-from natgrad.tape.finite import require_finite
+from natgrad.tape.elements import ElementColumns
 from natgrad.tape.records import Block
-from natgrad.tape.rows import portions
-
-# Signals of so many bytes, of as many passes as that makes, are added together: what a cache holds, so that warm memory
-# is used again.
-COLUMN_BYTES = 2**22
 
 Sharing = Literal["expand", "reduce"]
 SHARINGS = ("expand", "reduce")
 
 
-class Factors:
-    """The running sums of one block: A = ΣÃ ãᵀ / Σ1 and G = ΣΣ g gᵀ / Σ1.
+@dataclass(eq=False)
+class Sums:
+    """The running sums behind one kind of use of a weight W [out, in (+ 1)].
 
-    Args:
-        block: the parameters that act together.
-        space: their space.
-        like: a tensor of the factors' dtype and device.
-        sharing: what is done with positions that share the weight.
+    Attributes:
+        A: Σ ã ãᵀ on the side of the inputs; the diagonal alone where it is a vector.
+        G: Σ g gᵀ on the side of the outputs; likewise.
+        A_weight: what the one counts.
+        G_weight: what the other counts.
     """
 
-    def __init__(
-        self, block: Block, space: ParameterSpace, like: Tensor, sharing: Sharing = "expand"
-    ) -> None:
-        self.block, self.space, self.sharing = block, space, sharing
-        groups = (block.groups,) if block.groups > 1 else ()
-        self.A = like.new_zeros(*groups, block.columns, block.columns)
-        self.G = like.new_zeros(*groups, block.outputs, block.outputs)
-        self.A_weight, self.G_weight = Weight(), Weight()
-        self.step: int | None = None  # when it was last observed
-
-    def add_inputs(
-        self, layer: Layer, decay: float, weights: Float[Tensor, "examples"] | None = None
-    ) -> None:
-        """A's sum after one more micro-batch.
-
-        Args:
-            layer: what the block did in it.
-            decay: what remains of the old sum.
-            weights: a factor of each example; 1 if None.
-        """
-        self.A_weight.add(layer.add_inputs(self.A, decay, weights, self.sharing == "reduce"), decay)
-
-    def add_signals(self, gram: Float[Tensor, "*groups o o"], decay: float, numerator: float) -> None:
-        """G's sum after more signal passes; its weight is counted apart, once a micro-batch.
-
-        Args:
-            gram: the passes' Σ g gᵀ.
-            decay: what remains of the old sum.
-            numerator: what Σ S Sᵀ counts.
-        """
-        accumulate(self.G, gram, decay, numerator)
+    A: Float[Tensor, "..."]
+    G: Float[Tensor, "..."]
+    A_weight: Weight = field(default_factory=Weight)
+    G_weight: Weight = field(default_factory=Weight)
 
     def averages(self) -> tuple[Tensor, Tensor]:
-        """A and G."""
+        """The two factors."""
         return self.A / self.A_weight.total, self.G / self.G_weight.total
 
     def state_dict(self) -> dict[str, Any]:
         """The sums and their weights."""
-        return {
-            "block": vars(self.block).copy(),
-            "A": self.A,
-            "G": self.G,
-            "weights": (self.A_weight.total, self.G_weight.total),
-            "step": self.step,
-        }
+        return {"A": self.A, "G": self.G, "weights": (self.A_weight.total, self.G_weight.total)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         self.A.copy_(state["A"])
         self.G.copy_(state["G"])
         self.A_weight, self.G_weight = map(Weight, state["weights"])
-        self.step = state["step"]
 
 
-@dataclass(frozen=True)
-class Fed:
-    """What one block did in some signal passes of a micro-batch.
+class Factors:
+    """The running factors of one block.
 
-    Attributes:
-        factors: the block's sums, which have it already.
-        layer: what it did.
-        decay: what was left of the old sums.
-        numerator: what Σ S Sᵀ counts.
+    As a linear map its sums are A = Σ ã ãᵀ and G = Σ g gᵀ. As a table W [words, features] that is looked up, the side
+    of the words has the words' frequencies, a diagonal, and that of the features Σ g gᵀ. A weight that is both, such as
+    a language model's tied embedding, has both, and its factors are those whose product has the sum's partial traces.
+
+    Args:
+        block: the parameters that act together.
+        space: their space.
+        like: a tensor of the factors' dtype and device.
+        sharing: what is done with positions that share the weight.
+        largest: a side of more numbers has its diagonal alone.
     """
-
-    factors: Factors
-    layer: Layer
-    decay: float
-    numerator: float
-
-
-class FactorEstimate(Estimate):
-    """An estimate that keeps factors of every block that it sees."""
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
-        decay: float,
-        examples: int | None,
+        block: Block,
+        space: ParameterSpace,
+        like: Tensor,
         sharing: Sharing = "expand",
+        largest: int | None = None,
     ) -> None:
-        super().__init__(parameters)
-        self._decay, self._examples, self._sharing = decay, examples, sharing
-        self._blocks: dict[str, Factors] = {}
+        self.block, self.space, self.sharing = block, space, sharing
+        self._like = like
+        grouped = block.groups > 1
+        self.diagonal = tuple(
+            not grouped and largest is not None and side > largest for side in (block.columns, block.outputs)
+        )
+        self.as_map: Sums | None = None
+        self.as_table: Sums | None = None
+        self.step: int | None = None  # when it was last observed
 
-    def covers(self, name: str) -> bool:
-        return any(name in factors.block.names for factors in self._blocks.values())
+    @property
+    def parts(self) -> list[Sums]:
+        """The sums that there are."""
+        return [sums for sums in (self.as_map, self.as_table) if sums is not None]
 
-    def _feed(self, observation: Observation, factors_too: bool = True) -> Iterator[Fed]:
-        """Adds a micro-batch to the factors, and hands on what each block did, pass by pass.
+    @property
+    def examples(self) -> float:
+        """How many examples the average is over."""
+        part = self.parts[0]
+        return part.G_weight.total if part is self.as_map else part.A_weight.total
+
+    def sums(self, table: bool = False) -> Sums:
+        """Those of a linear map, or of a table; empty ones where there were none."""
+        known = self.as_table if table else self.as_map
+        if known is None:
+            groups = (self.block.groups,) if self.block.groups > 1 else ()
+            axes = 1 if self.diagonal[0] else 2, 1 if self.diagonal[1] or table else 2
+            sides = self.block.columns, self.block.outputs
+            A, G = (self._like.new_zeros(*groups, *(size,) * k) for size, k in zip(sides, axes, strict=True))
+            known = Sums(A, G)
+            if table:
+                self.as_table = known
+            else:
+                self.as_map = known
+        return known
+
+    def feed(
+        self,
+        layer: Layer | ElementColumns,
+        decay: float,
+        weights: Float[Tensor, "examples"] | None,
+        denominator: float,
+    ) -> None:
+        """Counts a micro-batch, and adds its inputs; its signals follow, pass by pass.
 
         Args:
-            observation: the micro-batch.
-            factors_too: False where the factors have it already.
+            layer: what the block did in it.
+            decay: what remains of the old sums.
+            weights: a factor of each example; 1 if None.
+            denominator: what the micro-batch weighs.
         """
-        seen: set[str] = set()
-        most, reduce = self._examples, self._sharing == "reduce"
-        stride = 1 if most is None else -(-observation.examples // most)
-        numerator = observation.numerator * observation.examples / -(-observation.examples // stride)
-        weights = observation.weights if observation.weights is None else observation.weights[::stride]
-        for passes in portions(observation.passes, COLUMN_BYTES):
-            layers = layers_of(passes, self.parameters, stride)
-            grams = [layer.gram_of_signals(reduce) for layer in layers] if factors_too else []
-            # Before anything enters an average. A signal that is not finite shows on its Gram matrix's diagonal.
-            require_finite(
-                (la.block.weight, _check_sum(la, gram)) for la, gram in zip(layers, grams, strict=False)
-            )
-            for k, layer in enumerate(layers):
-                factors, decay = self._factors(layer.block), 1.0
-                if layer.block.weight not in seen and factors_too:
-                    first = observation.first or factors.step != observation.step
-                    decay = decay_since(self._decay, factors.step, observation.step)
-                    factors.step = observation.step
-                    factors.add_inputs(layer, decay, weights)
-                    factors.G_weight.add(observation.denominator(first), decay)
-                seen.add(layer.block.weight)  # the inputs are the same in every pass of one batch
-                if factors_too:
-                    factors.add_signals(grams[k], decay, numerator)
-                yield Fed(factors, layer, decay, numerator)
+        if isinstance(layer, Layer):
+            sums = self.sums()
+            reduce = self.sharing == "reduce"
+            rows = layer.add_inputs(sums.A, decay, weights, reduce, self.diagonal[0])
+            sums.A_weight.add(rows, decay)
+            sums.G_weight.add(denominator, decay)
+            sums.G.mul_(decay)
+        else:
+            sums = self.sums(table=True)
+            counts, rows = layer.frequencies(weights)
+            accumulate(sums.G, counts.to(sums.G.dtype), decay, 1.0)
+            sums.G_weight.add(rows, decay)
+            sums.A_weight.add(denominator, decay)
+            sums.A.mul_(decay)
 
-    def _padded(self, block: Block, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """∇h of a block: zeros for its bias, or its weight, where that is frozen; empty where both are."""
-        if not any(name in gradient for name in block.names):
-            return {}
+    def moments(self, layer: Layer | ElementColumns) -> Tensor:
+        """Σ g gᵀ of some passes, or its diagonal."""
+        if isinstance(layer, Layer):
+            return layer.gram_of_signals(self.sharing == "reduce", self.diagonal[1])
+        return layer.gram_of_signals(self.diagonal[0])
+
+    def add_moments(self, layer: Layer | ElementColumns, moments: Tensor, numerator: float) -> None:
+        """Adds what `moments` gave.
+
+        Args:
+            layer: what the block did.
+            moments: of its signals.
+            numerator: what Σ S Sᵀ counts.
+        """
+        if isinstance(layer, Layer):
+            self.sums().G.add_(moments, alpha=numerator)
+        else:  # a table has no bias
+            A = self.sums(table=True).A
+            A[tuple(slice(size) for size in moments.shape)].add_(moments, alpha=numerator)
+
+    def averages(self) -> tuple[Tensor, Tensor]:
+        """A and G; of a weight that is a map and a table those that are nearest in the sense of partial traces."""
+        if len(self.parts) == 1:
+            return self.parts[0].averages()
+        (A_map, G_map), (A_table, G_table) = (part.averages() for part in self.parts)
+        traces = [(_trace(A), _trace(G)) for A, G in ((A_map, G_map), (A_table, G_table))]
+        total = sum(a * g for a, g in traces)
+        A = A_map * traces[0][1] + A_table * traces[1][1]
+        if G_map.ndim == 2:
+            G_table = G_table.diag()
+        G = G_map * traces[0][0] + G_table * traces[1][0]
+        return A, G / total if total else G
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums and their weights."""
         return {
-            name: gradient[name] if name in gradient else torch.zeros_like(self.parameters[name])
-            for name in block.names
+            "block": vars(self.block).copy(),
+            "map": None if self.as_map is None else self.as_map.state_dict(),
+            "table": None if self.as_table is None else self.as_table.state_dict(),
+            "step": self.step,
         }
 
-    def _sums(self) -> dict[str, Tensor]:
-        return {f"{w}.{side}": getattr(f, side) for w, f in self._blocks.items() for side in "AG"}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        for table, saved in ((False, state["map"]), (True, state["table"])):
+            if saved is not None:
+                self.sums(table).load_state_dict(saved)
+        self.step = state["step"]
 
-    def _factors(self, block: Block) -> Factors:
-        if block.weight not in self._blocks:
-            space = self.space.restrict(block.names)
-            self._blocks[block.weight] = Factors(block, space, self.parameters[block.weight], self._sharing)
-            self._added(block.weight)
-        return self._blocks[block.weight]
 
-    @abc.abstractmethod
-    def _added(self, weight: str) -> None:
-        """A block was seen for the first time."""
+def _trace(factor: Tensor) -> Tensor:
+    return (factor.diagonal() if factor.ndim == 2 else factor).sum()
 
 
 def check_sharing(sharing: str) -> None:
@@ -206,7 +218,7 @@ def check_examples(examples: int | None) -> None:
         raise ConfigError(f"examples={examples} must be at least 1, or None for all")
 
 
-def _check_sum(layer: Layer, gram: Tensor) -> Tensor:
-    """A number that is not finite if an input is not, or an entry of the signals' Gram matrix."""
-    sums = [gram.diagonal(dim1=-2, dim2=-1).sum(), *(use.reading.state()[0].sum() for use in layer.uses)]
-    return torch.stack(sums)
+def check_largest(largest: int | None) -> None:
+    """Raises ConfigError unless some side may be dense."""
+    if largest is not None and largest < 1:
+        raise ConfigError(f"largest={largest} must be at least 1, or None for no bound")

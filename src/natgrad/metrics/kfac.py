@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.errors import StepError
-from natgrad.linalg import Stage
+from natgrad.linalg import Stage, eigendecomposition
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
-from natgrad.metrics.factors import FactorEstimate, Sharing, check_examples, check_sharing
+from natgrad.metrics.factorestimate import FactorEstimate
+from natgrad.metrics.factors import Factors, Sharing, check_examples, check_largest, check_sharing
 from natgrad.metrics.refresh import Refresh
-from natgrad.operators import BlockDiagonal, FactoredInverse, Kronecker, LinearOperator
+from natgrad.operators import EigenKronecker, FactoredInverse, Kronecker, LinearOperator
 from natgrad.tape.records import Block
 
 
@@ -38,6 +39,8 @@ class KFAC(Metric):
         sharing: what is done with positions that share a weight (tokens, a convolution's patches, several uses):
             "expand" takes each as an example of its own, "reduce" the mean of the inputs and the sum of the signals
             (Eschenhagen et al. 2023; see `metrics.factors`).
+        largest: a factor with more rows than this is kept as its diagonal alone: the side of a vocabulary, say. None
+            for no bound.
     """
 
     kind: Kind = "mc"
@@ -46,6 +49,7 @@ class KFAC(Metric):
     inverses: int | None = None
     examples: int | None = 512
     sharing: Sharing = "expand"
+    largest: int | None = 8192
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -54,15 +58,16 @@ class KFAC(Metric):
         Refresh(self.inverses)
         check_sharing(self.sharing)
         check_examples(self.examples)
+        check_largest(self.largest)
 
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
-        """An estimate of the factors for the linear maps and convolutions among the parameters."""
+        """An estimate for the parameters that a rule of the tape covers."""
         return _KFACEstimate(self, parameters)
 
 
 class _KFACEstimate(FactorEstimate):
     def __init__(self, metric: KFAC, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__(parameters, metric.decay, metric.examples, metric.sharing)
+        super().__init__(parameters, metric.decay, metric.examples, metric.sharing, metric.largest)
         self.kind = metric.kind
         self._inverses: dict[str, FactoredInverse | None] = {}
         self._observing = Refresh(metric.factors)
@@ -82,20 +87,16 @@ class _KFACEstimate(FactorEstimate):
         self._inverses[weight] = None
 
     def operator(self) -> LinearOperator:
-        if not self._blocks:
+        if self._empty:
             raise StepError("no factor was observed yet: run a forward pass and the loss before step()")
-        blocks = [
-            Kronecker(factors.space, *factors.averages(), factors.block.transposed)
-            for factors in self._blocks.values()
-        ]
-        return BlockDiagonal(self.space.restrict(n for b in blocks for n in b.space.names), blocks)
+        return self._with_diagonal([_product(factors) for factors in self._blocks.values()])
 
     def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
-        if not self._blocks:
+        if self._empty:
             raise StepError("no factor was observed yet: run a forward pass and the loss before step()")
         if self._inverting.due(step):
             self._invert(damping, step)
-        direction: dict[str, Tensor] = {}
+        direction = self._entrywise(gradient, damping)
         for weight, factors in self._blocks.items():
             inverse = self._inverses[weight]
             if inverse is None:
@@ -130,6 +131,7 @@ class _KFACEstimate(FactorEstimate):
         inverses = {w: None if i is None else (i.A_inverse, i.G_inverse) for w, i in self._inverses.items()}
         return {
             "blocks": {w: f.state_dict() | {"inverse": inverses[w]} for w, f in self._blocks.items()},
+            "squares": self._squares.state_dict(),
             "observing": self._observing.state_dict(),
             "inverting": self._inverting.state_dict(),
             "root_damping": self._root_damping,
@@ -141,16 +143,34 @@ class _KFACEstimate(FactorEstimate):
             factors = self._factors(Block(**saved["block"]))
             factors.load_state_dict(saved)
             if saved["inverse"] is not None:
-                identity_A, identity_G = (
-                    torch.eye(t.shape[-1], dtype=t.dtype, device=t.device).expand_as(t)
-                    for t in saved["inverse"]
-                )
+                identity_A, identity_G = map(_identity, saved["inverse"])
                 inverse = FactoredInverse(
                     factors.space, identity_A, identity_G, 0.0, transposed=factors.block.transposed
                 )
                 inverse.A_inverse.copy_(saved["inverse"][0])
                 inverse.G_inverse.copy_(saved["inverse"][1])
                 self._inverses[weight] = inverse
+        self._squares.load_state_dict(state["squares"])
         self._observing.load_state_dict(state["observing"])
         self._inverting.load_state_dict(state["inverting"])
         self._root_damping = state["root_damping"]
+
+
+def _product(factors: Factors) -> LinearOperator:
+    """A ⊗ G of one block; in the eigenbasis of the other factor where one is a diagonal."""
+    A, G = factors.averages()
+    if A.ndim > 1 and G.ndim > 1:
+        return Kronecker(factors.space, A, G, factors.block.transposed)
+    (a, U_A), (g, U_G) = (
+        (factor, None)
+        if factor.ndim == 1
+        else eigendecomposition(factor, layer=factors.space.label, factor=side)
+        for factor, side in ((A, "A"), (G, "G"))
+    )
+    return EigenKronecker(factors.space, U_A, U_G, g[:, None] * a, factors.block.transposed)
+
+
+def _identity(like: Tensor) -> Tensor:
+    if like.ndim == 1:
+        return torch.ones_like(like)
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)

@@ -14,6 +14,7 @@ from natgrad.metrics.patches import CACHED, add_patch_moments, sum_of_patches
 from natgrad.operators.layerrows import LayerRows, Use, positions_first
 from natgrad.operators.readings import Patches, Positions, Reading
 from natgrad.tape.columns import LayerColumns
+from natgrad.tape.elements import ElementColumns
 from natgrad.tape.passes import SignalPass
 from natgrad.tape.records import Block
 
@@ -57,18 +58,20 @@ class Layer:
 
     def add_inputs(
         self,
-        total: Float[Tensor, "*groups i i"],
+        total: Float[Tensor, "..."],
         decay: float,
         weights: Float[Tensor, "n"] | None = None,
         reduce: bool = False,
+        diagonal: bool = False,
     ) -> float:
         """Total ← decay · total + Σ ã ãᵀ over examples and positions; or over examples, of the mean position.
 
         Args:
-            total: square, with the homogeneous coordinate if the block has a bias.
+            total: square, with the homogeneous coordinate if the block has a bias; a vector if diagonal.
             decay: what remains of it.
             weights: a factor of each example; 1 if None.
             reduce: whether positions are averaged first.
+            diagonal: whether the diagonal alone is wanted.
 
         Returns:
             How many rows were added, each counted by its weight.
@@ -78,17 +81,21 @@ class Layer:
         if reduce and self.positions > 1:
             mean = torch.stack([_summed(use) for use in self.uses]).sum(0) / self.positions
             biased = sum(use.reading.positions for use in self.uses if use.biased) / self.positions
-            _add_inputs(total, Positions(mean.flatten(1)[:, None], self.block.groups), biased, decay, roots)
+            _add_inputs(
+                total, Positions(mean.flatten(1)[:, None], self.block.groups), biased, decay, roots, diagonal
+            )
             return count
         for use in self.uses:
-            _add_inputs(total, use.reading, float(use.biased), decay, roots)
+            _add_inputs(total, use.reading, float(use.biased), decay, roots, diagonal)
             decay = 1.0
         return count * self.positions
 
-    def gram_of_signals(self, reduce: bool = False) -> Float[Tensor, "*groups o o"]:
-        """Σ g gᵀ over passes, examples and positions; or over passes and examples, of the sum over positions."""
+    def gram_of_signals(self, reduce: bool = False, diagonal: bool = False) -> Float[Tensor, "..."]:
+        """Σ g gᵀ [*groups, o, o] over passes, examples and positions; or over passes and examples, of the sum over
+        positions. If diagonal, the diagonal alone [o], of an ungrouped block.
+        """
         block, first = self.block, columns_of(self.uses[0])[0]
-        total = first.new_zeros(block.groups, block.outputs, block.outputs)
+        total = first.new_zeros(block.groups, *(block.outputs,) * (1 if diagonal else 2))
         if reduce and self.positions > 1:
             for parts in zip(*map(columns_of, self.uses), strict=True):
                 together = torch.stack([g.sum(-1) for g in parts]).sum(0)
@@ -101,18 +108,22 @@ class Layer:
 
 def layers_of(
     passes: Sequence[SignalPass], parameters: Mapping[str, nn.Parameter], stride: int = 1
-) -> list[Layer]:
+) -> tuple[list[Layer], list[ElementColumns]]:
     """The blocks that acted in a forward pass, with the signals of several passes back.
 
     Args:
         passes: at least one, of one forward pass.
         parameters: whose blocks are wanted.
-        stride: one in so many examples is taken.
+        stride: one in so many examples of a block is taken.
+
+    Returns:
+        The linear maps, and the parameters that acted entry by entry or were looked up, of all examples.
     """
     first = passes[0]
     calls: dict[Block, list[LayerColumns]] = {}
     signals = [one.signals for one in passes]
-    for call in first.tape.columns(first.outputs, signals, first.examples, parameters.keys()):
+    found, elements = first.tape.columns(first.outputs, signals, first.examples, parameters.keys())
+    for call in found:
         calls.setdefault(call.block, []).append(call)
     layers = []
     for block, own in calls.items():
@@ -123,7 +134,7 @@ def layers_of(
         else:
             uses = [_thinned(use, stride) for use in uses]
         layers.append(Layer(block, tuple(uses)))
-    return layers
+    return layers, elements
 
 
 def columns_of(use: Use) -> tuple[Float[Tensor, "n g o s"], ...]:
@@ -166,9 +177,17 @@ def _summed(use: Use) -> Float[Tensor, "n g f"]:
 
 
 def _add_inputs(
-    total: Tensor, reading: Reading, biased: float, decay: float, roots: Float[Tensor, "n"] | None
+    total: Tensor,
+    reading: Reading,
+    biased: float,
+    decay: float,
+    roots: Float[Tensor, "n"] | None,
+    diagonal: bool,
 ) -> None:
     """Total ← decay · total + Σₙₛ wₙ ã ãᵀ, given √w; the homogeneous coordinate is the last row and column."""
+    if diagonal:
+        _add_input_squares(total, reading, biased, decay, roots)
+        return
     features, size = reading.features, total.shape[-1]
     blocks = total.view(-1, size, size)
     inner = blocks[:, :features, :features]
@@ -198,8 +217,26 @@ def _add_inputs(
         blocks[:, features, features] = decay * blocks[:, features, features] + corner
 
 
-def _add_signals(total: Float[Tensor, "g o o"], signals: Float[Tensor, "n g o s"]) -> None:
-    """Total ← total + Σₙₛ g gᵀ."""
+def _add_input_squares(
+    total: Float[Tensor, "i"], reading: Reading, biased: float, decay: float, roots: Float[Tensor, "n"] | None
+) -> None:
+    """The same of the diagonal, for one group."""
+    total.mul_(decay)
+    step = max(1, CACHED // (reading.features * reading.positions))
+    for start in range(0, len(reading), step):
+        part = slice(start, start + step)
+        squares = reading.vectors(part)[:, 0].square().sum(-1)
+        weights = squares.new_ones(len(squares)) if roots is None else roots[part].square()
+        total[: reading.features] += weights @ squares
+        if len(total) > reading.features:
+            total[-1] += weights.sum() * (reading.positions * biased**2)
+
+
+def _add_signals(total: Float[Tensor, "g ..."], signals: Float[Tensor, "n g o s"]) -> None:
+    """Total ← total + Σₙₛ g gᵀ, or its diagonal where that is what total is."""
+    if total.ndim == 2:
+        total += signals.square().sum((0, 3))
+        return
     by_position = positions_first(signals)
     for k, own in enumerate(total):
         g = signals[:, k]

@@ -115,7 +115,7 @@ class Moments:
         factored: dict[Part, tuple[Tensor, Tensor]] = {}
         scores: dict[str, Tensor] = {}
         for block, records in signal_pass.records(self._parameters).items():
-            if not all(signal_pass.tape.covers(name) and name in self._parameters for name in block.names):
+            if not all(signal_pass.tape.is_map(name) and name in self._parameters for name in block.names):
                 continue
             like = self._parameters[block.weight]
             inputs, signals = (rows.to(like.dtype) for rows in merged(records))

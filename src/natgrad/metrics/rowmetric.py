@@ -59,9 +59,10 @@ class RowEstimate(WholeEstimate):
         self._build = build
         self._kept = KeptRows(parameters)
         self._operator: RowOperator | None = None
+        self._restricted: RowOperator | None = None
 
     def observe(self, observation: Observation) -> None:
-        self._operator = None
+        self._operator = self._restricted = None
         self._kept.add(observation)
 
     def operator(self) -> RowOperator:
@@ -72,23 +73,29 @@ class RowEstimate(WholeEstimate):
         return self._operator
 
     def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
-        operator = self.operator()
         names = tuple(name for name in self.space.names if name in gradient)
-        if len(names) < len(self.space.names):
-            operator = operator._restricted(names)
+        operator = self._on(names)
         solution = operator.solve({name: gradient[name] for name in names}, damping)
         self.note(operator, damping)
         return dict(solution)
 
+    def _on(self, names: tuple[str, ...]) -> RowOperator:
+        """F on some of the parameters: what it keeps, it keeps for as long as the rows and the names are the same."""
+        if names == self.space.names:
+            return self.operator()
+        if self._restricted is None or self._restricted.space.names != names:
+            self._restricted = self.operator()._restricted(names)
+        return self._restricted
+
     def note(self, operator: RowOperator, damping: float) -> None:
         """Keeps which stage of the fallback a solution with an operator of these rows took."""
         stage = Stage.CHOLESKY
-        if isinstance(operator, Gram) and damping > 0:
-            _, stage = operator.cholesky(damping)
+        if isinstance(operator, Gram):
+            stage = operator.stage(damping)
         self.stages = {} if stage is Stage.CHOLESKY else {operator.space.label: {"JJᵀ": stage.value}}
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # each step begins anew
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._kept, self._operator = KeptRows(self.parameters), None
+        self._kept, self._operator, self._restricted = KeptRows(self.parameters), None, None

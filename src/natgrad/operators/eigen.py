@@ -18,6 +18,7 @@ from natgrad.linalg import kronecker_dense, kronecker_matmul
 from natgrad.operators.base import LinearOperator
 from natgrad.operators.checks import check_room, pseudo_inverse, require_definite, standard_normal
 from natgrad.operators.dense import Dense
+from natgrad.operators.diagonal import Diagonal
 from natgrad.operators.factored import LinearMap
 from natgrad.operators.hooks import Rows
 from natgrad.operators.space import ParameterSpace
@@ -35,7 +36,8 @@ class EigenKronecker(LinearOperator):
         space: the weight, of two or more axes, and perhaps the bias, of one.
         U_A: orthogonal, [in (+ 1), in (+ 1)], eigenvectors in columns; with groups [groups, in (+ 1), in (+ 1)].
             Neither that it is orthogonal is checked nor the sign of S: metrics hand out operators too often for that.
-        U_G: orthogonal, [out, out]; with groups [groups, out/groups, out/groups].
+            None stands for the identity, of a side that is too long for a basis of its own; without groups.
+        U_G: orthogonal, [out, out]; with groups [groups, out/groups, out/groups]. None as above.
         values: S ≥ 0, [out, in (+ 1)]; with groups [groups, out/groups, in (+ 1)].
         transposed: the weight is stored with its input axis first (`ConvTranspose2d`, Hugging Face's `Conv1D`).
 
@@ -44,41 +46,49 @@ class EigenKronecker(LinearOperator):
     """
 
     space: ParameterSpace
-    U_A: Float[Tensor, "*groups i i"]
-    U_G: Float[Tensor, "*groups o o"]
+    U_A: Float[Tensor, "*groups i i"] | None
+    U_G: Float[Tensor, "*groups o o"] | None
     values: Float[Tensor, "..."]  # its shape is checked below, so that an error says what it should be
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        if self.U_A.ndim == 3 and len(self.U_A) == 1:  # one group is no group
+        if self.values.ndim == 3 and len(self.values) == 1:  # one group is no group
             for name in ("U_A", "U_G", "values"):
-                object.__setattr__(self, name, getattr(self, name)[0])
-        self._map.check(self.U_A, self.U_G)
-        expected = (*self.U_A.shape[:-2], *self._map.sizes)
-        if self.values.shape != expected:
-            raise ConfigError(
-                f"the eigenvalues are {tuple(self.values.shape)}; {self.space.label} needs {expected}"
-            )
-        if (self.values.dtype, self.values.device) != (self.dtype, self.device):
-            raise ConfigError(
-                f"U_A is {self.dtype} on {self.device}, the eigenvalues {self.values.dtype} on "
-                f"{self.values.device}; convert one"
-            )
+                own = getattr(self, name)
+                object.__setattr__(self, name, None if own is None else own[0])
+        out, columns = self._map.sizes
+        groups = (self._map.groups,) if self.values.ndim == 3 else ()
+        expected = {
+            "U_A": (*groups, columns, columns),
+            "U_G": (*groups, out, out),
+            "values": (*groups, out, columns),
+        }
+        for name, shape in expected.items():
+            own = getattr(self, name)
+            if own is None:
+                continue
+            if own.shape != shape:
+                raise ConfigError(f"{name} is {tuple(own.shape)}; {self.space.label} needs {shape}")
+            if (own.dtype, own.device) != (self.dtype, self.device):
+                raise ConfigError(
+                    f"{name} is {own.dtype} on {own.device}, the eigenvalues {self.dtype} on {self.device}; convert one"
+                )
+        self._map.check_bias()
 
     @functools.cached_property
     def _map(self) -> LinearMap:
-        groups = self.U_A.shape[0] if self.U_A.ndim == 3 else 1
+        groups = self.values.shape[0] if self.values.ndim == 3 else 1
         return LinearMap.of(self.space, groups=groups, transposed=self.transposed)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the bases."""
-        return self.U_A.dtype
+        """The dtype of bases and eigenvalues."""
+        return self.values.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the bases."""
-        return self.U_A.device
+        """The device of bases and eigenvalues."""
+        return self.values.device
 
     def _of_groups(self) -> Tensor:
         """S as [groups, out/groups · in (+ 1)]."""
@@ -112,11 +122,17 @@ class EigenKronecker(LinearOperator):
 
     def _dense(self) -> Tensor:
         check_room(self.space, self.dtype)
-        basis = kronecker_dense(self.U_A.mT, self.U_G)
+        out, columns = self._map.sizes
+        U_A, U_G = (
+            torch.eye(size, dtype=self.dtype, device=self.device) if own is None else own
+            for own, size in ((self.U_A, columns), (self.U_G, out))
+        )
+        basis = kronecker_dense(U_A.mT, U_G)
         return assemble(self._map, (basis * self.values.flatten(-2)[..., None, :]) @ basis.mT)
 
     def _diagonal(self) -> dict[str, Tensor]:
-        V = kronecker_matmul(self.U_A.square().mT, self.U_G.square(), self.values)
+        squares = [None if own is None else own.square() for own in (self.U_A, self.U_G)]
+        V = _turned(_transposed(squares[0]), squares[1], self.values)
         return {name: d[0] for name, d in self._map.split(V[None]).items()}
 
     def _trace(self) -> Tensor:
@@ -131,7 +147,7 @@ class EigenKronecker(LinearOperator):
     def _sample(self, n: int, damping: float, generator: torch.Generator | None) -> Rows:
         deviations = self._definite(damping).rsqrt()
         z = standard_normal(n, tuple(deviations.shape), self.dtype, self.device, generator)
-        return self._map.split(kronecker_matmul(self.U_A.mT, self.U_G, z * deviations))
+        return self._map.split(_turned(_transposed(self.U_A), self.U_G, z * deviations))
 
     def _scaled(self, scale: float) -> LinearOperator:
         return dataclasses.replace(self, values=scale * self.values)
@@ -145,34 +161,53 @@ class EigenKronecker(LinearOperator):
         if names == (self._map.weight,):
             return Restricted(self, names)
         # The bias is V's last column, so its block is U_G diag(S u²) U_Gᵀ with u the last row of U_A.
-        values = self.values @ self.U_A[..., -1, :, None].square()
+        if self.U_A is None:
+            values = self.values[..., -1:]
+        else:
+            values = self.values @ self.U_A[..., -1, :, None].square()
+        if self.U_G is None:
+            return Diagonal(space, space.unflatten(values.flatten()))
         blocks = (self.U_G * values.mT) @ self.U_G.mT
         return Dense(space, torch.block_diag(*blocks) if blocks.ndim == 3 else blocks)
 
     def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
-        tensors = {name: getattr(self, name).to(device, dtype) for name in ("U_A", "U_G", "values")}
-        return dataclasses.replace(self, **tensors)
+        U_A, U_G = (None if own is None else own.to(device, dtype) for own in (self.U_A, self.U_G))
+        return dataclasses.replace(self, U_A=U_A, U_G=U_G, values=self.values.to(device, dtype))
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {"U_A": self.U_A, "U_G": self.U_G, "values": self.values}
-        return tensors, {"transposed": self.transposed}
+        there = {name: own for name, own in tensors.items() if own is not None}
+        return there, {"transposed": self.transposed}
 
     @classmethod
     def _from_state(
         cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]
     ) -> EigenKronecker:
-        return cls(space, tensors["U_A"], tensors["U_G"], tensors["values"], meta["transposed"])
+        U_A, U_G = tensors.get("U_A"), tensors.get("U_G")
+        return cls(space, U_A, U_G, tensors["values"], meta["transposed"])
 
 
 def in_basis(
-    U_A: Float[Tensor, "*groups i i"],
-    U_G: Float[Tensor, "*groups o o"],
+    U_A: Float[Tensor, "*groups i i"] | None,
+    U_G: Float[Tensor, "*groups o o"] | None,
     values: Float[Tensor, "*groups o i"],
     V: Float[Tensor, "K *groups o i"],
 ) -> Float[Tensor, "K *groups o i"]:
     """U_G (S ∘ (U_Gᵀ V U_A)) U_Aᵀ: eigenvalues S in the eigenbasis of a Kronecker product, applied to K matrices V."""
-    rotated = kronecker_matmul(U_A, U_G.mT, V)
-    return kronecker_matmul(U_A.mT, U_G, rotated.mul_(values))
+    rotated = _turned(U_A, _transposed(U_G), V)
+    return _turned(_transposed(U_A), U_G, rotated * values)
+
+
+def _turned(A: Tensor | None, G: Tensor | None, V: Tensor) -> Tensor:
+    """G V A, where None is the identity."""
+    if A is not None and G is not None:
+        return kronecker_matmul(A, G, V)
+    V = V if G is None else G @ V
+    return V if A is None else V @ A
+
+
+def _transposed(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else matrix.mT
 
 
 def assemble(linear_map: LinearMap, blocks: Float[Tensor, "*groups oi oi"]) -> Float[Tensor, "P P"]:

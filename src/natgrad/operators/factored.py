@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.errors import ConfigError
+from natgrad.errors import ConfigError, NonFiniteError, NotPositiveDefiniteError
 from natgrad.linalg import Stage, cholesky, inverse_from_cholesky, join, kronecker_matmul, split
 from natgrad.operators.base import Rows, check_scalar
 from natgrad.operators.space import ParameterSpace
@@ -69,25 +69,36 @@ class LinearMap:
         return out, columns + (self.bias is not None)
 
     def check(self, A: Tensor, G: Tensor) -> None:
-        """Sees that two factors fit this map.
+        """Sees that two factors, or their diagonals, fit this map.
 
         Raises:
             ConfigError: says what was expected.
         """
         out, columns = self.sizes
-        groups = (self.groups,) if A.ndim == 3 else ()
-        expected = (*groups, columns, columns), (*groups, out, out)
+        groups = (self.groups,) if max(A.ndim, G.ndim) == 3 else ()
+        expected = tuple(
+            (*groups, size, size) if factor.ndim > 1 else (size,) for factor, size in ((A, columns), (G, out))
+        )
         if (tuple(A.shape), tuple(G.shape)) != expected:
             raise ConfigError(
                 f"factors A {tuple(A.shape)} and G {tuple(G.shape)} don't fit {self.space.label}, which needs "
                 f"{expected[0]} (with the bias's coordinate last, if there is one) and {expected[1]}"
             )
-        if self.bias is not None and self.space.shapes[self.bias] != (out * self.groups,):
-            raise ConfigError(
-                f"the bias {self.bias!r} has shape {self.space.shapes[self.bias]}, not ({out * self.groups},)"
-            )
+        self.check_bias()
         if (A.dtype, A.device) != (G.dtype, G.device):
             raise ConfigError(f"A is {A.dtype} on {A.device}, G {G.dtype} on {G.device}; convert one")
+
+    def check_bias(self) -> None:
+        """Sees that a bias has a number for each output.
+
+        Raises:
+            ConfigError: says what was expected.
+        """
+        size = self.sizes[0] * self.groups
+        if self.bias is not None and self.space.shapes[self.bias] != (size,):
+            raise ConfigError(
+                f"the bias {self.bias!r} has shape {self.space.shapes[self.bias]}, not ({size},)"
+            )
 
     def join(self, rows: Mapping[str, Tensor]) -> Tensor:
         """V [K, (groups,) out, in (+ 1)] from K vectors."""
@@ -106,8 +117,8 @@ class FactoredInverse:
     """(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹ for one Kronecker block, as two cached inverses that can be refreshed in place.
 
     Attributes:
-        A_inverse: (A + π√λ I)⁻¹, symmetric.
-        G_inverse: (G + √λ/π I)⁻¹, symmetric.
+        A_inverse: (A + π√λ I)⁻¹, symmetric; its diagonal where A is one.
+        G_inverse: (G + √λ/π I)⁻¹, symmetric; likewise.
         pi: π, one number or one for each group.
         stages: which stage of the fallback each factor needed, by its name "A" or "G".
     """
@@ -115,13 +126,13 @@ class FactoredInverse:
     def __init__(
         self,
         space: ParameterSpace,
-        A: Float[Tensor, "*groups i i"],
-        G: Float[Tensor, "*groups o o"],
+        A: Float[Tensor, "..."],
+        G: Float[Tensor, "..."],
         damping: float,
         *,
         transposed: bool = False,
     ) -> None:
-        """Takes the block as `Kronecker` does, and λ ≥ 0; then as `refresh`.
+        """Takes the block as `Kronecker` does, or a factor's diagonal, and λ ≥ 0; then as `refresh`.
 
         Raises:
             ConfigError: the factors don't fit the space; λ is negative or not finite.
@@ -129,22 +140,20 @@ class FactoredInverse:
         """
         self.map = LinearMap.of(space, groups=A.shape[0] if A.ndim == 3 else 1, transposed=transposed)
         self.A_inverse, self.G_inverse = torch.empty_like(A), torch.empty_like(G)
-        self.pi = torch.ones(A.shape[:-2], dtype=A.dtype, device=A.device)
+        self.pi = torch.ones(A.shape[:1] if A.ndim == 3 else (), dtype=A.dtype, device=A.device)
         self.stages: dict[str, Stage] = {}
         self._half = torch.empty(0, dtype=A.dtype, device=A.device)  # G⁻¹ V, allocated at the first solve
         self.refresh(A, G, damping)
 
     @torch.no_grad()
-    def refresh(
-        self, A: Float[Tensor, "*groups i i"], G: Float[Tensor, "*groups o o"], damping: float
-    ) -> dict[str, Stage]:
+    def refresh(self, A: Float[Tensor, "..."], G: Float[Tensor, "..."], damping: float) -> dict[str, Stage]:
         """Recomputes both inverses in place, for new factors of the same shapes or another λ.
 
         If it raises, the old inverses are still there, whole.
 
         Args:
-            A: the factor of the inputs.
-            G: the factor of the outputs.
+            A: the factor of the inputs, or its diagonal.
+            G: the factor of the outputs, or its diagonal.
             damping: λ ≥ 0.
 
         Returns:
@@ -158,11 +167,21 @@ class FactoredInverse:
         check_scalar("damping", damping)
         self.map.check(A, G)
         layer, root, pi = self.map.space.label, math.sqrt(damping), balance(A, G)
-        lower_A, stage_A = cholesky(A, root * pi, layer=layer, factor="A")
-        lower_G, stage_G = cholesky(G, root / pi, layer=layer, factor="G")
-        inverse_from_cholesky(lower_A, out=self.A_inverse)
-        inverse_from_cholesky(lower_G, out=self.G_inverse)
-        self.pi, self.stages = pi, {"A": stage_A, "G": stage_G}
+        done: list[tuple[Tensor, Tensor, Stage]] = []
+        for factor, shift, inverse, side in (
+            (A, root * pi, self.A_inverse, "A"),
+            (G, root / pi, self.G_inverse, "G"),
+        ):
+            if factor.ndim == 1:
+                done.append((inverse, _positive(factor + shift, layer, side), Stage.CHOLESKY))
+            else:
+                done.append((inverse, *cholesky(factor, shift, layer=layer, factor=side)))
+        for inverse, found, _ in done:
+            if inverse.ndim == 1:
+                torch.reciprocal(found, out=inverse)
+            else:
+                inverse_from_cholesky(found, out=inverse)
+        self.pi, self.stages = pi, {"A": done[0][2], "G": done[1][2]}
         return self.stages
 
     @torch.no_grad()
@@ -181,14 +200,20 @@ class FactoredInverse:
         if out is None:
             out = {name: torch.empty_like(b[name], memory_format=torch.contiguous_format) for name in b}
         dtype = self.A_inverse.dtype
-        plain = self.A_inverse.ndim == 2 and not self.map.transposed
+        plain = self.A_inverse.ndim == self.G_inverse.ndim == 2 and not self.map.transposed
         if plain and all(b[name].dtype == dtype for name in b):
             self._solve_in_place(b, out)
         else:
             V = self.map.join({name: b[name][None].to(dtype) for name in b})
-            for name, rows in self.map.split(kronecker_matmul(self.A_inverse, self.G_inverse, V)).items():
+            for name, rows in self.map.split(self._applied(V)).items():
                 out[name].copy_(rows[0])
         return {name: out[name] for name in self.map.space.names}
+
+    def _applied(self, V: Tensor) -> Tensor:
+        if self.A_inverse.ndim > 1 and self.G_inverse.ndim > 1:
+            return kronecker_matmul(self.A_inverse, self.G_inverse, V)
+        half = self.G_inverse[:, None] * V if self.G_inverse.ndim == 1 else self.G_inverse @ V
+        return half * self.A_inverse if self.A_inverse.ndim == 1 else half @ self.A_inverse
 
     def _solve_in_place(self, b: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
         # Products are written where they belong, into column slices, rather than joined and split by copies: at
@@ -205,12 +230,22 @@ class FactoredInverse:
         torch.mm(self._half, self.A_inverse[:, :inputs], out=out[weight].view(rows, inputs))
 
 
-def balance(A: Float[Tensor, "*groups i i"], G: Float[Tensor, "*groups o o"]) -> Float[Tensor, "*groups"]:
+def _positive(diagonal: Tensor, layer: str, factor: str) -> Tensor:
+    """A damped diagonal, of which the least entry is looked at."""
+    least = float(diagonal.min())
+    if not math.isfinite(float(diagonal.sum())):
+        raise NonFiniteError(f"the diagonal of factor {factor} of {layer} is not finite")
+    if least <= 0.0:
+        raise NotPositiveDefiniteError(layer, factor, least)
+    return diagonal
+
+
+def balance(A: Float[Tensor, "..."], G: Float[Tensor, "..."]) -> Float[Tensor, "*groups"]:
     """π = √((tr A/dim A) / (tr G/dim G)), Martens & Grosse 2015, §6.3: how the damping is shared between the factors.
 
     1 where a trace is zero, as that of G is for a layer whose outputs no loss depends on.
     """
-    mean_A, mean_G = (t.diagonal(dim1=-2, dim2=-1).mean(-1) for t in (A, G))
+    mean_A, mean_G = ((t if t.ndim == 1 else t.diagonal(dim1=-2, dim2=-1)).mean(-1) for t in (A, G))
     usable = (mean_A > 0) & (mean_G > 0)
     ratio = torch.where(usable, mean_A, 1.0) / torch.where(usable, mean_G, 1.0)
     pi = ratio.sqrt()

@@ -12,15 +12,19 @@ from torch import Tensor
 
 from natgrad.errors import ConfigError
 from natgrad.linalg import Stage, cholesky, eigendecomposition
+from natgrad.linalg.iterate import conjugate_gradients
 from natgrad.operators.base import LinearOperator
 from natgrad.operators.checks import pseudo_inverse, require_definite
 from natgrad.operators.dense import Dense
 from natgrad.operators.hooks import Rows
 from natgrad.operators.identity import ScaledIdentity
 from natgrad.operators.rowoperator import RowOperator
+from natgrad.operators.rows import FactoredRows
 
 # A matrix of more bytes than this is refused: K, or where there are more rows than parameters, F.
 LARGEST_BYTES = 2**33
+# In mixed precision λ is at least so many times ε‖K‖ of float32, and there are at most so many iterations.
+LEAST, ITERATIONS = 10.0, 16
 
 
 @final
@@ -35,10 +39,21 @@ class Gram(RowOperator):
     whose rounding, which grows as 1/λ, a step of iterative refinement takes back. J itself is never formed. With more
     rows than parameters F [P, P] is the smaller matrix, and stands in for K.
 
+    In mixed precision the least-squares solution takes K and its Cholesky factor in float32, and makes up for that by
+    conjugate gradients with the products J(Jᵀw) in float64, to ‖r − (K + λI)w‖ ≤ ε^¾ ‖r‖ (2e-12; Buttari et al. 2008,
+    "Using mixed precision for sparse matrix computations to enhance the performance while achieving 64-bit accuracy").
+    Where λ is too small for it to converge soon, and for everything else, K is in float64.
+
+    Attributes:
+        rows: J.
+        precision: "full", or "mixed".
+
     Raises:
         ConfigError: a matrix that would take more than 8 GiB, when it is needed.
     """
 
+    precision: str = "full"
+    _singles: dict[float, Tensor] = dataclasses.field(default_factory=dict, init=False)
     _factors: dict[float, tuple[Tensor, Stage]] = dataclasses.field(default_factory=dict, init=False)
 
     @functools.cached_property
@@ -83,6 +98,7 @@ class Gram(RowOperator):
         if damping not in self._factors:
             found = cholesky(self.kernel, damping, layer=self.space.label, factor="JJᵀ")
             self._factors.clear()
+            self._singles.clear()
             self._factors[damping] = found
         return self._factors[damping]
 
@@ -110,12 +126,53 @@ class Gram(RowOperator):
             return self._filtered(targets, damping, order)
         if self._primal is not None:
             return self._primal._solve(self.rows.rmatmul(targets), damping)
+        if self.precision == "mixed" and self.dtype is torch.float64:
+            mixed = self._mixed_solve(targets, damping)
+            if mixed is not None:
+                return mixed
         lower, _ = self.cholesky(damping)
         weights = torch.cholesky_solve(targets.mT, lower).mT
         found = self.rows.rmatmul(weights)
         rest = targets - self.rows.matmul(found) - damping * weights
         correction = self.rows.rmatmul(torch.cholesky_solve(rest.mT, lower).mT)
         return {name: x.add_(correction[name]) for name, x in found.items()}
+
+    def _mixed_solve(self, targets: Tensor, damping: float) -> Rows | None:
+        """Jᵀ (K + λI)⁻¹ r by way of K in float32; None where that is no shorter way."""
+        single = self._single_rows
+        low = targets.float()
+        pulled = single.rmatmul(low)
+        largest = single.matmul(pulled).square().sum() / sum(
+            v.square().sum() for v in pulled.values()
+        )  # or less
+        if not damping > LEAST * torch.finfo(torch.float32).eps * float(largest):
+            return None
+        matrix = self._single.clone()
+        matrix.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if bool(failed):
+            return None
+        weights, record = conjugate_gradients(
+            lambda v: torch.add(self.rows.matmul(self.rows.rmatmul(v)), v, alpha=damping),
+            targets,
+            tolerance=torch.finfo(self.dtype).eps ** 0.75,
+            precondition=lambda v: torch.cholesky_solve(v.float().mT, lower).mT.to(v.dtype),
+            limit=ITERATIONS,
+        )
+        if record.reason == "limit":
+            return None
+        self._singles.clear()
+        self._singles[damping] = lower
+        return self.rows.rmatmul(weights)
+
+    @functools.cached_property
+    def _single_rows(self) -> FactoredRows:
+        return self.rows.to(torch.float32, self.device)
+
+    @functools.cached_property
+    def _single(self) -> Tensor:
+        self._require_room(len(self.rows), "the Gram matrix of that many rows")
+        return self._single_rows.gram()
 
     @property
     def _squares(self) -> Tensor:
@@ -134,10 +191,31 @@ class Gram(RowOperator):
         vectors = self._eigen[1]
         return self.rows.rmatmul(((targets @ vectors) * weights) @ vectors.mT)
 
+    def effective_rank(self, damping: float) -> int | None:
+        """How many singular values of J are above √λ and above √ε S₁, below which JJᵀ and JᵀJ have rounding.
+
+        None after a Cholesky factorisation, which does not tell.
+        """
+        if damping > 0:
+            return None
+        return int(self._known(self._squares).sum())
+
+    def stage(self, damping: float) -> Stage:
+        """Which stage of the fallback a solution took; without damping, whether directions were left out of it.
+
+        Those that JJᵀ can't tell from rounding may still be J's own: `Rectangular` knows them down to ε S₁.
+        """
+        if damping > 0:
+            return Stage.CHOLESKY if damping in self._singles else self.cholesky(damping)[1]
+        gone = 0 if self.rows.removed is None or self._primal is not None else self.rows.removed.shape[1]
+        known = int(self._known(self._squares).sum())
+        return Stage.CHOLESKY if known >= len(self._squares) - gone else Stage.TRUNCATED
+
     @property
     def condition(self) -> float:
-        """The largest singular value of J over the least; of a Cholesky factor, a lower bound."""
-        for lower, _ in (self._factors if self._primal is None else self._primal._factors).values():
+        """The largest singular value of J over the least that is not rounding; of a Cholesky factor, a lower bound."""
+        factors = self._factors if self._primal is None else self._primal._factors
+        for lower in [*self._singles.values(), *(lower for lower, _ in factors.values())]:
             diagonal = lower.diagonal()
             return float(diagonal.max() / diagonal.min())
         squares = self._squares
@@ -190,4 +268,4 @@ class Gram(RowOperator):
     def _scaled(self, scale: float) -> LinearOperator:
         if scale == 0:
             return ScaledIdentity(self.space, 0.0, dtype=self.dtype, device=self.device)
-        return Gram(self.rows.scaled(scale**0.5))
+        return dataclasses.replace(self, rows=self.rows.scaled(scale**0.5))

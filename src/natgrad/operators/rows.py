@@ -7,6 +7,7 @@ J has a row for each signal column c and example n of a batch. What linear maps 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -77,6 +78,17 @@ class FactoredRows:
         if self.removed is not None or other.removed is not None:
             raise ConfigError("rows that were centred apart can't be joined: join them first")
         return FactoredRows(self.space, self.batches + other.batches)
+
+    @property
+    def whole(self) -> FactoredRows:
+        """The rows from which nothing is removed."""
+        return dataclasses.replace(self, removed=None)
+
+    @functools.cached_property
+    def _taken(self) -> Rows:
+        """UᵀJ, of the whole rows."""
+        assert self.removed is not None
+        return self.whole.rmatmul(self.removed.mT.contiguous())
 
     def without(self, columns: Float[Tensor, "M k"]) -> FactoredRows:
         """(I − UUᵀ) J for orthonormal columns U, which isn't checked."""
@@ -153,8 +165,7 @@ class FactoredRows:
         }
         if self.removed is None:
             return found
-        taken = dataclasses.replace(self, removed=None).rmatmul(self.removed.mT.contiguous())
-        return {name: d - taken[name].square().sum(0) for name, d in found.items()}
+        return {name: d - self._taken[name].square().sum(0) for name, d in found.items()}
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "M P"]:
@@ -167,9 +178,7 @@ class FactoredRows:
         size = self.space.numel
         total = self._like.new_zeros(size, size)
         if self.removed is not None:
-            taken = self.space.flatten_rows(
-                dataclasses.replace(self, removed=None).rmatmul(self.removed.mT.contiguous())
-            )
+            taken = self.space.flatten_rows(self._taken)
             total -= taken.mT @ taken
         for batch in self.batches:
             step = max(1, 16 * PORTION // (size * batch.columns))

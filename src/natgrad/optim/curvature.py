@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import NonFiniteError, announce_coverage
+from natgrad.errors import NonFiniteError, announce
 from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import bare
 from natgrad.metrics import Estimate, Euclidean, Metric, Observation
 from natgrad.optim.coverage import Coverage, CoverageRow
 from natgrad.optim.groups import Membership
+from natgrad.optim.remainder import Remainder
 from natgrad.tape import Block, Tape
 from natgrad.tape.outputs import signal_passes
 
@@ -42,6 +44,7 @@ class Curvature:
         ]
         self.tapes = [tape for _, estimate, tape in self.estimates if estimate.kind is not None]
         self.measures = any(not isinstance(metric, Euclidean) for metric, _, _ in self.estimates)
+        self.remainder = Remainder()
         self.fallback_optimizer: torch.optim.Optimizer | None = None
         self.fallback_names: list[list[str]] = []
         self.observed = False
@@ -60,6 +63,51 @@ class Curvature:
     def restart(self, step: int) -> None:
         """Begins the observations of a step."""
         self._step, self.observed, self._due_now, self.trouble = step, False, None, None
+
+    def begins(self) -> bool:
+        """Whether no parameter has a gradient, so that a step begins: no batch before this one is a part of it."""
+        if any(member.parameter.grad is not None for member in self._members.members.values()):
+            return False
+        self.restart(self._step)
+        return True
+
+    def wants(self, gradient: Mapping[str, Tensor]) -> bool:
+        """Whether this step's batch is to be observed for parameters with these gradients."""
+        return self.due() and any(
+            estimate.kind is not None
+            and estimate.due(self._step)
+            and any(n in gradient for n in estimate.parameters)
+            for _, estimate, _ in self.estimates
+        )
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Opens the tapes for a forward pass with its graph, if this step's batch is wanted."""
+        with ExitStack() as stack:
+            if self.due():
+                for tape in self.tapes:
+                    stack.enter_context(tape.recording())
+            stack.enter_context(torch.enable_grad())
+            yield
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around the observations of what the tapes hold, which is dropped after them.
+
+        Raises:
+            NonFiniteError: a signal was not finite.
+        """
+        try:
+            yield
+            self.require_finite()
+        finally:
+            for tape in self.tapes:
+                tape.clear()
+
+    def require_finite(self) -> None:
+        """Raises NonFiniteError where a batch of the present step could not be observed."""
+        if self.trouble is not None:
+            raise NonFiniteError(self.trouble)
 
     def observe(self, outputs: tuple[Tensor, ...], targets: Any, examples: int) -> None:
         """Sends signals back from the outputs and lets every estimate that is due read them.
@@ -83,10 +131,21 @@ class Curvature:
         if self.trouble is None:
             self.observed = True
 
+    def note(self, gradient: Mapping[str, Tensor], examples: float) -> None:
+        """Shows a step's gradients to the diagonal of what no metric covers, once a step.
+
+        Args:
+            gradient: ∇h by name.
+            examples: how many the loss is a mean of; 1 where it is a sum.
+        """
+        if self._fallback is None:
+            left = {n: g for n, g in gradient.items() if not any(e.covers(n) for _, e, _ in self.estimates)}
+            self.remainder.observe(left, examples, self._step)
+
     def direction(
         self, gradient: dict[str, Tensor], damping: Mapping[str, float], step: int
     ) -> dict[str, Tensor]:
-        """Δ = −(F̂ + λI)⁻¹∇h where F̂ is known; the plain −∇h where it is not and no fallback optimiser was given.
+        """Δ = −(F̂ + λI)⁻¹∇h, with the remainder's F̂ where no metric has one and no fallback optimiser was given.
 
         Args:
             gradient: ∇h by name, of the parameters that move.
@@ -108,7 +167,8 @@ class Curvature:
         left = [name for name in gradient if name not in direction]
         self._announce(left)
         if self._fallback is None:
-            direction |= {name: -gradient[name] for name in left}
+            given = {name: gradient[name] for name in left}
+            direction |= {name: -delta for name, delta in self.remainder.solve(given, damping).items()}
         else:
             known = {name for names in self.fallback_names for name in names}
             self.add_fallback([name for name in left if name not in known])
@@ -145,17 +205,20 @@ class Curvature:
     def parts(self, direction: dict[str, Tensor], groups: int) -> list[list[str]]:
         """The names of a direction in at most `groups` runs of neighbouring layers; those without curvature apart."""
         plain = [name for name in direction if self.measures and not self.measured(name)]
-        layers: dict[str, list[str]] = {}
-        for name in direction:
-            if name not in plain:
-                layers.setdefault(self._layer(name), []).append(name)
-        runs = list(layers.values())
+        runs = self.layers([name for name in direction if name not in plain])
         count = min(groups, len(runs))
         parts = [
             [name for run in runs[k * len(runs) // count : (k + 1) * len(runs) // count] for name in run]
             for k in range(count)
         ]
         return parts + ([plain] if plain else [])
+
+    def layers(self, names: Iterable[str]) -> list[list[str]]:
+        """Names by the layer that they acted in."""
+        layers: dict[str, list[str]] = {}
+        for name in names:
+            layers.setdefault(self._layer(name), []).append(name)
+        return list(layers.values())
 
     def _layer(self, name: str) -> str:
         for _, _, tape in self.estimates:
@@ -182,6 +245,10 @@ class Curvature:
                 rule = "gradient"
             elif block is not None:
                 rule, factors = block.rule, (block.columns, block.outputs)
+                if name in tape.elements:
+                    rule = f"{rule} and {tape.elements[name]}"
+            elif name in tape.elements and not reason:
+                rule = tape.elements[name]
             elif estimate.covers(name):
                 rule = "per-example gradients"
             else:
@@ -195,7 +262,8 @@ class Curvature:
         for k, (_, estimate, tape) in enumerate(self.estimates):
             estimate.load_state_dict(state["estimates"][k])
             tape.blocks = {name: Block(**saved) for name, saved in state["blocks"][k].items()}
-            tape.uncovered = dict(state["uncovered"][k])
+            tape.elements, tape.uncovered = dict(state["elements"][k]), dict(state["uncovered"][k])
+        self.remainder.load_state_dict(state["remainder"])
         groups, saved = state["fallback"] or ([], None)
         self.fallback_optimizer, self.fallback_names = None, []
         for names in groups:
@@ -213,7 +281,9 @@ class Curvature:
         if self._warned or not (names or partly):
             return
         self._warned = True
-        how = "a torch optimiser of yours" if self._fallback is not None else "the plain gradient"
+        how = (
+            "a torch optimiser of yours" if self._fallback is not None else "a diagonal of squared gradients"
+        )
         said = [f"no rule covers {', '.join(names)}: they follow {how}"] if names else []
         said += [f"the curvature of {', '.join(partly)} lacks the uses that no rule covers"] if partly else []
-        announce_coverage(f"{'; '.join(said)} (see optimizer.coverage() and fallback=)")
+        announce(f"{'; '.join(said)} (see optimizer.coverage() and fallback=)")

@@ -82,16 +82,27 @@ def not_finite(
     return f"{what} (gradients of {', '.join(names[:3])}{', …' if names[3:] else ''})" if names else what
 
 
-def require_batch(watcher: Watcher, loss: float | None) -> None:
+def require_batch(watcher: Watcher, loss: float | None, measured: bool) -> None:
     """Sees that the step's batch was seen, and its loss where it can be.
 
+    Args:
+        watcher: what saw it.
+        loss: h(θ), if it was seen.
+        measured: whether the step measures the batch, beside curvature.
+
     Raises:
-        StepError: it was not.
+        StepError: it was not, or there were two losses.
     """
-    if not watcher.batches or (loss is None and watcher.knows_loss):
+    if watcher.twice:
         raise StepError(
-            "the adaptive step needs the batch: call the model and the loss that you gave to NaturalGradient before "
-            "step(), or give lr= and a fixed damping"
+            "gradients came back from two calls of the loss on one forward pass, and F would be that of the first: "
+            "call the model once for each, or make one loss of both"
+        )
+    if not watcher.batches or (loss is None and watcher.knows_loss):
+        why = "the adaptive step needs the batch" if measured else "curvature is due in this step"
+        raise StepError(
+            f"{why}, but {watcher.missing()}: call the model and the loss that you gave to NaturalGradient before "
+            "step()" + (", or give lr= and a fixed damping" if measured else "")
         )
 
 

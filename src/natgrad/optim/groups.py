@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from natgrad.errors import ConfigError, EmptyError, ModelChangedError
@@ -45,6 +46,7 @@ class Membership:
         weight_decay: float | L2,
     ) -> None:
         self._model = model
+        _refuse_flattened(model)
         names = {id(p): name for name, p in model.named_parameters()}
         entries: list[Any] = list(params) if params is not None else list(model.parameters())
         entries = [e for e in entries if not isinstance(e, Tensor) or e.requires_grad]
@@ -79,11 +81,25 @@ class Membership:
         if not found:
             raise EmptyError("no group holds a trainable parameter; is every requires_grad False?")
         self.members = {name: found[name] for name in names.values() if name in found}
+        _check_kinds(self.members.values())
+        some = next(iter(self.members.values())).parameter
+        self._kind = some.device, some.dtype
         self._left_out = {key for key, name in names.items() if name not in found}
         self._trainable_left_out = {
             id(p) for p in model.parameters() if p.requires_grad and id(p) in self._left_out
         }
         self._shapes = {name: m.parameter.shape for name, m in self.members.items()}
+
+    def described(self) -> list[dict[str, Any]]:
+        """The groups as a constructor takes them: their parameters, metrics and decay; further options are state."""
+        return [
+            {
+                "params": list(group["params"]),
+                "metric": metric,
+                "weight_decay": L2(group["l2"]) if group["l2"] else group["weight_decay"],
+            }
+            for group, metric in zip(self.groups, self.metrics, strict=True)
+        ]
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -119,6 +135,10 @@ class Membership:
                         f"{name} changed its shape from {tuple(self._shapes[name])} to {tuple(p.shape)} after the "
                         "optimiser was built; build a new one"
                     )
+                if (p.device, p.dtype) != self._kind:
+                    raise ModelChangedError(
+                        f"{name} is now {p.dtype} on {p.device}: move the model before the optimiser is built"
+                    )
             elif p.requires_grad and id(p) not in self._trainable_left_out:
                 raise ModelChangedError(
                     f"{name} became trainable after the optimiser was built, so it would never be updated; "
@@ -129,3 +149,40 @@ class Membership:
             raise ModelChangedError(
                 f"{', '.join(gone)} left the model after the optimiser was built; build a new one"
             )
+
+
+def _check_kinds(members: Iterable[Member]) -> None:
+    """Raises ConfigError unless parameters have values, on one device, of one type that can be inverted with."""
+    first, *others = members
+    for one in (first, *others):
+        if one.parameter.is_meta:
+            raise ConfigError(
+                f"{one.name} is on the meta device, without values: call model.to_empty() or load it first"
+            )
+        if one.parameter.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(
+                f"{one.name} is {one.parameter.dtype}, and curvature can't be inverted in it: keep the parameters in "
+                "float32, and run the forward pass under torch.autocast"
+            )
+    for one in others:
+        for what in ("device", "dtype"):
+            mine, its = getattr(first.parameter, what), getattr(one.parameter, what)
+            if mine != its:
+                raise ConfigError(
+                    f"{first.name} is on {mine} and {one.name} on {its}: move the model to one device, or make one "
+                    "optimiser for each"
+                    if what == "device"
+                    else f"{first.name} is {mine} and {one.name} is {its}: make them one, with model.to({mine})"
+                )
+
+
+def _refuse_flattened(model: nn.Module) -> None:
+    """Raises ConfigError where parameters lost their shapes."""
+    if any(
+        type(module).__module__ == "torch.distributed.fsdp.fully_sharded_data_parallel"
+        for module in model.modules()
+    ):
+        raise ConfigError(
+            "FullyShardedDataParallel makes one flat parameter of many, in which no layer can be told from another: "
+            "use torch.distributed.fsdp.fully_shard (FSDP2), which leaves each parameter its shape"
+        )

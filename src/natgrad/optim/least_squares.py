@@ -11,12 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.errors import ConfigError, NonFiniteError, StepError
+from natgrad.errors import ConfigError, NonFiniteError, StallWarning, StepError, announce
 from natgrad.likelihoods import Residuals
 from natgrad.operators import ParameterSpace
 from natgrad.optim.linearised import Linearised
 from natgrad.optim.plumbing import Plumbing
-from natgrad.steps import SPRING, AdaptiveSPRING, CurvedSearch, Decision, NoiseFloor, step_for
+from natgrad.steps import (
+    SPRING,
+    AdaptiveSPRING,
+    CurvedSearch,
+    Decision,
+    NoiseFloor,
+    half_square,
+    predicted_change,
+    step_for,
+)
 
 
 class LeastSquaresSteps(Plumbing):
@@ -30,10 +39,7 @@ class LeastSquaresSteps(Plumbing):
                 "it the loss"
             )
         assert isinstance(self.likelihood, Residuals)
-        self._members.check_unchanged()
-        self._seconds = {}
-        self._curvature.restart(self._step)
-        self._batch += 1
+        self._begin()
         try:
             with self._timed("evaluate"), self._watcher.paused():
                 problem = Linearised(
@@ -59,11 +65,28 @@ class LeastSquaresSteps(Plumbing):
         if decision.update is not None:
             self._require_finite_update(decision.update)
             problem.move(decision.update)
-        self._remember(problem.space, decision.direction)
+        else:
+            self._say_stalled(problem.loss)
+        if decision.direction is not None:
+            self._remember(problem.space, decision.direction)
         self._curvature.fall_back()
         self.damping = decision.following
         self._finish(record)
         return torch.tensor(problem.loss, dtype=problem.residuals.dtype)
+
+    def _say_stalled(self, loss: float) -> None:
+        """Once a run, to whoever goes on after a stalled step: `info.stalled` has told it then."""
+        if self._stall_said or not self.info.stalled or loss == 0:
+            return
+        self._stall_said = True
+        announce(
+            f"nothing that was tried lowers the loss of {loss:.3g}, for the second step in a row "
+            "(optimizer.info.stalled), so that nothing moves. It is a minimum, or as low as rounding lets it; if it "
+            "should be lower, begin at other parameters (another seed), give the model more, or work in float64",
+            StallWarning,
+        )
+
+    _stall_said = False
 
     def _decide(self, problem: Linearised) -> Decision:
         previous = self._recall(problem.space)
@@ -83,14 +106,11 @@ class LeastSquaresSteps(Plumbing):
         decision = spring.decide(problem, damping, previous, self._step)
         if not (rule.due(self._step + 1) and problem.movable and decision.update is not None):
             return decision
-        image, after = problem.image(decision.update), problem.at(decision.update)
-        loss = math.inf if after is None else 0.5 * float(after.square().sum())
-        predicted = float(problem.residuals @ image) + 0.5 * float(image @ image)
+        loss = half_square(problem.at(decision.update))
+        predicted = predicted_change(problem.residuals, problem.image(decision.update))
         ratio = (loss - problem.loss) / predicted if predicted < 0 else math.nan
         following = rule.update(damping, ratio)
-        return dataclasses.replace(
-            decision, following=following, loss=loss, predicted=predicted, evaluations=1
-        )
+        return dataclasses.replace(decision, following=following, loss=loss, predicted=predicted)
 
     def _require_finite_update(self, update: Tensor) -> None:
         if not bool(torch.isfinite(update.sum())):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from natgrad.errors import CoverageWarning, NonFiniteError, StepError
+from natgrad.errors import NonFiniteError, StepError, announce
 from natgrad.likelihoods import ResidualBlock, Residuals
 from natgrad.metrics.rowmetric import RowEstimate
 from natgrad.operators import ParameterSpace, Rectangular, RowOperator
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.groups import Membership
-from natgrad.steps import LeastSquares
+from natgrad.steps import LeastSquares, half_square
 
 Closure = Callable[[], Any]
 
@@ -68,34 +66,23 @@ class Linearised(LeastSquares):
         self.residuals: Float[Tensor, "M"] = _joined(self._blocks)
         own = [block.loss for block in self._blocks]
         self.movable = all(loss is None for loss in own)
-        self.loss = (
-            0.5 * float(self.residuals.square().sum())
-            if self.movable
-            else sum(x for x in own if x is not None)
-        )
+        self.loss = half_square(self.residuals) if self.movable else sum(x for x in own if x is not None)
         moving = {name: m for name, m in members.members.items() if not groups[m.group]["frozen"]}
         self._parameters = {name: m.parameter for name, m in moving.items()}
         self.space = ParameterSpace.of(self._parameters)
         self._rates = {name: groups[m.group]["lr"] for name, m in moving.items()}
         self._base = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self._observe()
-        self.operator = self._row_operator()
-        self.sharp = isinstance(self.operator, Rectangular)
-        if self.operator is not None and not self._check_rows(agreed):
+        with curvature.reading():
             self._observe()
             self.operator = self._row_operator()
-        for tape in curvature.tapes:
-            tape.clear()
+            if self.operator is not None and not self._check_rows(agreed):
+                self._observe()
+                self.operator = self._row_operator()
+        self.sharp = isinstance(self.operator, Rectangular)
 
     def _evaluate(self) -> tuple[ResidualBlock, ...]:
-        with ExitStack() as stack:
-            if self._curvature.due():
-                for tape in self._curvature.tapes:
-                    stack.enter_context(tape.recording())
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(_NoBackward())
-            returned = self._closure()
-            return self._likelihood.blocks(returned)
+        with self._curvature.recording(), _NoBackward():
+            return self._likelihood.blocks(self._closure())
 
     def _observe(self) -> None:
         if not self._curvature.due():
@@ -103,8 +90,7 @@ class Linearised(LeastSquares):
         self._curvature.restart(self._step)
         for block in self._blocks:
             self._curvature.observe((block.values,), None, len(block))
-        if self._curvature.trouble is not None:
-            raise NonFiniteError(self._curvature.trouble)
+        self._curvature.require_finite()
 
     def _row_operator(self) -> RowOperator | None:
         """F with its rows, on the parameters that move, where one metric has them all and is made of rows."""
@@ -139,7 +125,7 @@ class Linearised(LeastSquares):
             generator=generator,
         )
         expected = self._pulled_back(weights)
-        found = dataclasses.replace(self.operator.rows, removed=None).rmatmul(weights[None])
+        found = self.operator.rows.whole.rmatmul(weights[None])
         largest = max(float(g.norm()) for g in expected.values())
         allowed = AGREEMENT.get(self.residuals.dtype, 1e-3) * largest
         wrong = [name for name, g in expected.items() if not float((found[name][0] - g).norm()) <= allowed]
@@ -149,11 +135,9 @@ class Linearised(LeastSquares):
         for tape in self._curvature.tapes:
             for name in wrong:
                 tape.uncovered[name] = "points that depend on one another"
-        warnings.warn(
+        announce(
             f"points depend on one another through {', '.join(wrong)}: per-example gradients are taken for these, "
-            "which is slower",
-            CoverageWarning,
-            stacklevel=2,
+            "which is slower"
         )
         return False
 
@@ -198,12 +182,16 @@ class Linearised(LeastSquares):
 
     @functools.cached_property
     def _gradient(self) -> Tensor:
+        if isinstance(self.operator, Rectangular):
+            return self.residuals @ self.operator.jacobian
         if self.operator is not None:
             return self.space.flatten_rows(self.operator.rows.rmatmul(self.residuals[None]))[0]
         return self.space.flatten(self._pulled_back(self.residuals))
 
     def image(self, delta: Float[Tensor, "P"]) -> Float[Tensor, "M"]:
         """Jδ."""
+        if isinstance(self.operator, Rectangular):
+            return self.operator.jacobian @ delta
         if self.operator is not None:
             return self.operator.rows.matmul(self.space.unflatten_rows(delta[None]))[0]
         # Jᵀw is linear in w, so the derivative of δᵀ(Jᵀw) in w is Jδ, wherever it is taken.

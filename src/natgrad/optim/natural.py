@@ -18,13 +18,14 @@ from natgrad.optim.evaluation import (
     require_batch,
     require_finite_direction,
 )
+from natgrad.optim.grafting import donor_step, grafted
 from natgrad.optim.least_squares import LeastSquaresSteps
 from natgrad.optim.model import Basis, Expansion, Probe, expand
 from natgrad.optim.moves import add, forget, go, take_back, update_of, velocity_of
 from natgrad.optim.plumbing import Vector
 from natgrad.optim.policy import Policy
 from natgrad.optim.trust_region import TrustRegionSteps, check_policy_call
-from natgrad.steps import AdaptiveStep, FixedStep, Promise, Witness
+from natgrad.steps import AdaptiveStep, FixedStep, Grafted, Promise, Witness
 
 # In the first step a smaller λ is taken if it leaves less than this part of the loss.
 MUCH_BETTER = 0.75
@@ -43,14 +44,18 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             of α where steps are adaptive), ``weight_decay``, ``metric`` and ``frozen``.
         metric: the representation of F: ``"kfac"``, ``"diagonal"``, ``"dense"``, ``"euclidean"``, or an object such
             as ``natgrad.KFAC(kind="exact")``.
-        lr: a fixed α, None to adapt it, or `natgrad.TrustRegion()` for the steps of a policy (see `natgrad.policy`).
+        lr: a fixed α, None to adapt it, `natgrad.Grafted("adam", lr)` for steps as long as Adam's, or
+            `natgrad.TrustRegion()` for the steps of a policy (see `natgrad.policy`).
         momentum: a fixed μ; by default adapted with α, and 0 where lr is given.
         damping: a fixed λ or a strategy; by default Levenberg–Marquardt, and 1e-3 where lr is given or where only a
             likelihood is (a loss computed inside the model can't be measured again).
         weight_decay: decoupled decay, or ``natgrad.L2(η)`` inside the loss.
         fallback: makes a torch optimiser for parameters that no rule covers, such as
-            ``lambda params: torch.optim.AdamW(params, lr=1e-3)``; by default they follow the plain gradient.
+            ``lambda params: torch.optim.AdamW(params, lr=1e-3)``; by default they
+            have a diagonal of squared gradients, as in Adam.
         outputs: what the likelihood reads of what the model returns, such as ``lambda o: o.logits``.
+        targets: what it compares them with, of what the model is called with, such as ``lambda **batch:
+            batch["labels"]``; for a likelihood, where the loss is computed inside the model.
         on_nonfinite: ``"raise"``, or ``"skip"`` to count such steps and go on.
         seed: of the Monte-Carlo signals.
 
@@ -73,7 +78,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite; nothing was changed.
-            StepError: no gradient, or no batch was seen.
+            StepError: no gradient, no batch was seen, or two losses were sent back through one forward pass.
             ModelChangedError: the model's parameters are not those the optimiser was built with.
         """
         if isinstance(closure, Policy):
@@ -90,8 +95,9 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             norm = norm_of(gradient)
         if not self._finite(loss, norm, gradient):
             return returned
-        if isinstance(self.step_size, AdaptiveStep) or self.damping_rule.due(self._step + 1):
-            require_batch(self._watcher, loss)
+        measured = isinstance(self.step_size, AdaptiveStep) or self.damping_rule.due(self._step + 1)
+        if measured or self._curvature.wants(gradient):
+            require_batch(self._watcher, loss, measured)
         if isinstance(self.step_size, AdaptiveStep) and loss is not None:
             level = loss / self._unit()
             if self._alarm.rings(level) and not self.info.undone and self._is_to_blame():
@@ -101,7 +107,12 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         record: dict[str, Any] = {"loss": loss, "damping": self.damping, "grad_norm": norm}
         try:
             with self._timed("solve"):
-                slope = self._averaged(gradient)
+                self._curvature.note(gradient, max(1, self._watcher.examples) / self._unit())
+                donor: Vector = {}
+                if isinstance(self.step_size, Grafted):
+                    slope, donor = donor_step(gradient, self.step_size, self._at)
+                else:
+                    slope = self._averaged(gradient)
                 if self._step == 0 and isinstance(self.step_size, AdaptiveStep):
                     record["damping"] = self.damping = self._first_damping(self.step_size, loss, slope)
                 direction = self._curvature.direction(  # Δ = −(F̂ + λI)⁻¹∇h
@@ -109,6 +120,8 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
                 )
             if isinstance(self.step_size, FixedStep):
                 record |= self._fixed(self.step_size, loss, gradient, direction)
+            elif isinstance(self.step_size, Grafted):
+                record |= self._grafted(self.step_size, direction, donor)
             elif direction:  # a fallback optimiser may have taken everything
                 assert isinstance(self.step_size, AdaptiveStep)
                 record |= self._adaptive(self.step_size, loss, gradient, direction)
@@ -144,6 +157,15 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         if due:
             record |= self._measure(expansion, one, record["predicted"])
         return record
+
+    def _grafted(self, size: Grafted, direction: Vector, donor: Vector) -> dict[str, Any]:
+        """θ ← θ + lr · Δ ‖a‖/‖Δ‖, layer by layer, with a the donor's step."""
+        layers = self._curvature.layers([name for name in direction if self._curvature.measured(name)])
+        step = grafted(direction, donor, layers)
+        require_finite_direction(norm_of(step))
+        with self._timed("apply"):
+            go(step, self._at)
+        return {"alpha": self.param_groups[0]["lr"], "momentum": size.betas[0]}
 
     def _adaptive(
         self, size: AdaptiveStep, loss: float | None, gradient: Vector, direction: Vector

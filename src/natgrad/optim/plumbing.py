@@ -28,6 +28,7 @@ from natgrad.steps import (
     ConstantDamping,
     Damping,
     FixedStep,
+    Grafted,
     NoiseFloor,
     Promise,
     ResidualStep,
@@ -39,6 +40,7 @@ from natgrad.steps import (
     step_size_from,
 )
 from natgrad.steps.penalty import L2
+from natgrad.tape.plain import original
 
 Vector = dict[str, Tensor]
 
@@ -67,9 +69,23 @@ class Plumbing(torch.optim.Optimizer):
         weight_decay: float | L2 = 0.0,
         fallback: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         outputs: Callable[[Any], Any] | None = None,
+        targets: Callable[..., Any] | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         seed: int = 0,
     ) -> None:
+        self._recipe = {
+            "model": model,
+            "likelihood": likelihood,
+            "metric": metric,
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "fallback": fallback,
+            "outputs": outputs,
+            "targets": targets,
+            "on_nonfinite": on_nonfinite,
+            "seed": seed,
+        }
         if on_nonfinite not in ("raise", "skip"):
             raise ConfigError(f"on_nonfinite must be 'raise' or 'skip', not {on_nonfinite!r}")
         self.likelihood = Residuals() if likelihood is None else likelihood_from(likelihood)
@@ -78,17 +94,21 @@ class Plumbing(torch.optim.Optimizer):
             residual_step_from(lr, momentum) if on_residuals else step_size_from(lr, momentum)
         )
         # ρ needs the loss, so it needs the targets, or residuals.
-        measurable = isinstance(likelihood, nn.Module) or on_residuals
+        measurable = isinstance(likelihood, nn.Module) or on_residuals or targets is not None
         self.damping_rule = damping_from(damping, isinstance(self.step_size, AdaptiveStep) and measurable)
         if not measurable and not isinstance(self.damping_rule, ConstantDamping):
             raise ConfigError(
                 "this damping needs the loss at the new parameters, which a likelihood alone does not tell; pass the "
-                "torch.nn loss, or a number as damping"
+                "torch.nn loss, or targets=, or a number as damping"
+            )
+        if targets is not None and not isinstance(likelihood, Likelihood):
+            raise ConfigError(
+                "the loss tells the targets; targets= is for a likelihood, where the model has the loss"
             )
         self.damping = self.damping_rule.initial
         self.info = StepInfo()
-        self.model = model
-        self._members = Membership(model, params, metric, weight_decay)
+        self.model = original(model)
+        self._members = Membership(self.model, params, metric, weight_decay)
         self._on_nonfinite = on_nonfinite
         self._step, self._skipped, self._batch = 0, 0, 0
         self._witness: Witness | None = None
@@ -104,9 +124,11 @@ class Plumbing(torch.optim.Optimizer):
             raise ConfigError(
                 "the decay of weights is a residual too: return {..., 'decay': η**0.5 * θ} beside yours"
             )
+        if isinstance(self.step_size, Grafted) and not isinstance(self.damping_rule, ConstantDamping):
+            raise ConfigError("Grafted leaves no step to measure: give a number as damping beside it")
         if isinstance(self.step_size, TrustRegion):
             self._check_trust_region(fallback)
-        default_lr = self.step_size.lr if isinstance(self.step_size, FixedStep) else 1.0
+        default_lr = self.step_size.lr if isinstance(self.step_size, (FixedStep, Grafted)) else 1.0
         self._built = False
         super().__init__(self._members.groups, {"lr": default_lr})
         self._built = True
@@ -116,9 +138,11 @@ class Plumbing(torch.optim.Optimizer):
             likelihood if isinstance(likelihood, nn.Module) else None,
             self.likelihood,
             outputs,
+            targets,
             self._curvature.tapes,
             self._curvature.due,
             self._curvature.observe,
+            self._curvature.begins,
         )
 
     def _check_trust_region(self, fallback: object) -> None:
@@ -152,6 +176,18 @@ class Plumbing(torch.optim.Optimizer):
         """
         load_state(self, state_dict, super().load_state_dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is built from, by `copy.deepcopy` or pickle: model and loss go with it, as `optimizer.model`."""
+        return {"recipe": self._recipe, "groups": self._members.described(), "state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Builds the copy, or takes over what torch read of a state dict."""
+        if "recipe" not in state:
+            super().__setstate__(state)
+            return
+        self.__init__(params=state["groups"], **state["recipe"])  # type: ignore[misc]
+        self.load_state_dict(state["state"])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only while the optimiser is being built: curvature is kept for a fixed set of parameters.
 
@@ -166,6 +202,13 @@ class Plumbing(torch.optim.Optimizer):
 
     _built = False
     _inside_closure = False
+
+    def _begin(self) -> None:
+        """Begins a step that brings its own batch."""
+        self._members.check_unchanged()
+        self._seconds = {}
+        self._curvature.restart(self._step)
+        self._batch += 1
 
     def _evaluate(self, closure: Callable[[], Tensor | float] | None) -> Tensor | float | None:
         if closure is None:
@@ -196,7 +239,7 @@ class Plumbing(torch.optim.Optimizer):
     def _skip(self, what: str, loss: float | None, norm: float) -> None:
         """Raises, or counts a step that was not taken."""
         self._skipped += 1
-        self._watcher.clear()
+        self._watcher.stepped()
         self._curvature.restart(self._step)
         if self._on_nonfinite == "raise":
             raise NonFiniteError(
@@ -217,7 +260,7 @@ class Plumbing(torch.optim.Optimizer):
             seconds=self._seconds,
             **record,
         )
-        self._watcher.clear()
+        self._watcher.stepped()
         self._curvature.restart(self._step)
 
     def _unit(self) -> float:

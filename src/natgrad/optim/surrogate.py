@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -63,11 +62,7 @@ class Surrogate:
 
     def _forward(self) -> tuple[Tensor, ...]:
         batch = self._policy.batch
-        with ExitStack() as stack:
-            if self._curvature.due():
-                for tape in self._curvature.tapes:
-                    stack.enter_context(tape.recording())
-            stack.enter_context(torch.enable_grad())
+        with self._curvature.recording():
             return self._find(self._policy.model(*batch.args, **batch.kwargs))
 
     def _find(self, returned: object) -> tuple[Tensor, ...]:
@@ -84,14 +79,9 @@ class Surrogate:
         Raises:
             NonFiniteError: a signal is not finite.
         """
-        try:
+        with self._curvature.reading():
             if self._curvature.due():
                 self._curvature.observe(self._with_graph, None, self._policy.batch.examples)
-        finally:
-            for tape in self._curvature.tapes:
-                tape.clear()
-        if self._curvature.trouble is not None:
-            raise NonFiniteError(self._curvature.trouble)
 
     def gradient(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """∇h by name, of those parameters that π depends on.

@@ -30,10 +30,7 @@ class TrustRegionSteps(Plumbing):
             raise ConfigError("natgrad.policy was given another model than the optimiser")
         if policy.outputs is None:
             policy = dataclasses.replace(policy, outputs=self._watcher.user_outputs)
-        self._members.check_unchanged()
-        self._seconds = {}
-        self._curvature.restart(self._step)
-        self._batch += 1
+        self._begin()
         norm = float("nan")
         try:
             with self._watcher.paused():

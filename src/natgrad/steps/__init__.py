@@ -4,8 +4,9 @@ from natgrad.steps.adaptive_spring import AdaptiveSPRING
 from natgrad.steps.alarm import Alarm
 from natgrad.steps.confirmation import Confirmation, Promise
 from natgrad.steps.damping import ConstantDamping, Damping, LevenbergMarquardt, NoiseFloor, damping_from
+from natgrad.steps.grafted import Grafted
 from natgrad.steps.penalty import L2
-from natgrad.steps.problem import Decision, LeastSquares
+from natgrad.steps.problem import Decision, LeastSquares, half_square, predicted_change
 from natgrad.steps.quadratic import QuadraticModel
 from natgrad.steps.search import CurvedSearch
 from natgrad.steps.size import (
@@ -33,6 +34,7 @@ __all__ = [
     "Damping",
     "Decision",
     "FixedStep",
+    "Grafted",
     "LeastSquares",
     "LevenbergMarquardt",
     "NoiseFloor",
@@ -44,6 +46,8 @@ __all__ = [
     "TrustRegion",
     "Witness",
     "damping_from",
+    "half_square",
+    "predicted_change",
     "residual_step_from",
     "step_for",
     "step_size_from",

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.errors import ConfigError
-from natgrad.steps.problem import Decision, LeastSquares
+from natgrad.steps.problem import Decision, LeastSquares, half_square, predicted_change
 
 # A step may raise the loss by so much: with momentum, and with points that are drawn anew, the next one makes it good.
 TOLERATED = 1.1
@@ -58,23 +58,21 @@ class AdaptiveSPRING:
             previous: δ₀, or None.
         """
         r = problem.residuals
-        loss = 0.5 * float(r @ r)
+        loss = half_square(r)
         damping = self.initial * problem.largest if damping is None else damping
         carried = None if previous is None or not self.momentum else self.momentum * previous
-        shift = r if carried is None else r + problem.image(carried)
-        base = loss if carried is None else _half_square(problem.at(carried))
-        evaluations = int(carried is not None)
+        before = torch.zeros_like(r) if carried is None else problem.image(carried)
+        base = loss if carried is None else half_square(problem.at(carried))
         for trial in range(self.trials):
             if trial == REFUSALS:  # the momentum may be to blame
-                carried, shift, base = None, r, loss
-            added = problem.solve(-shift, damping)
+                carried, before, base = None, torch.zeros_like(r), loss
+            added = problem.solve(-(r + before), damping)
             delta = added if carried is None else added + carried
             image = problem.image(added)
-            after = _half_square(problem.at(delta))
-            evaluations += 1
-            predicted = float(r @ (image + shift - r)) + 0.5 * float((image + shift - r).square().sum())
+            after = half_square(problem.at(delta))
+            predicted = predicted_change(r, before + image)
             ratio = min(
-                _ratio(after - base, float(shift @ image) + 0.5 * float(image @ image)),
+                _ratio(after - base, predicted_change(r + before, image)),
                 _whole_ratio(loss, after, predicted),
             )
             used = damping
@@ -83,14 +81,8 @@ class AdaptiveSPRING:
             elif ratio > self.trust[1]:
                 damping /= self.factor
             if after < TOLERATED * loss:
-                return Decision(delta, delta, 1.0, used, damping, after, predicted, evaluations)
-        return Decision(
-            None, torch.zeros_like(problem.gradient()), 0.0, used, damping, evaluations=evaluations
-        )
-
-
-def _half_square(residuals: Tensor | None) -> float:
-    return math.inf if residuals is None else 0.5 * float(residuals.square().sum())
+                return Decision(delta, 1.0, used, damping, delta, after, predicted)
+        return Decision(None, 0.0, used, damping, torch.zeros_like(problem.gradient()))
 
 
 def _ratio(actual: float, predicted: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -55,20 +56,33 @@ class Decision:
 
     Attributes:
         update: δ; None where nothing that was tried lowers the loss.
-        direction: what the next step's momentum goes on with.
         alpha: the length of the step, 1 for the whole of (F + λI)⁻¹∇h.
         damping: λ that the step was made with.
         following: λ for the next step.
+        direction: what the next step's momentum goes on with; None for a strategy that has none.
         loss: ½‖r(θ+δ)‖², where it was measured.
         predicted: M(δ) − M(0), where it was.
-        evaluations: how often the residuals were evaluated at other parameters.
     """
 
     update: Float[Tensor, "P"] | None
-    direction: Float[Tensor, "P"]
     alpha: float
     damping: float
     following: float
+    direction: Float[Tensor, "P"] | None = None
     loss: float | None = None
     predicted: float | None = None
-    evaluations: int = 0
+
+
+def half_square(residuals: Float[Tensor, "M"] | None) -> float:
+    """½‖r‖², the loss; infinite where r is None, as `LeastSquares.at` has it where it is not finite."""
+    return math.inf if residuals is None else 0.5 * float(residuals.square().sum())
+
+
+def predicted_change(residuals: Float[Tensor, "M"], image: Float[Tensor, "M"]) -> float:
+    """M(δ) − M(0) = r·Jδ + ½‖Jδ‖², of the Gauss–Newton model.
+
+    Args:
+        residuals: r.
+        image: Jδ.
+    """
+    return float(residuals @ image) + 0.5 * float(image @ image)

@@ -10,12 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.errors import ConfigError
-from natgrad.steps.problem import Decision, LeastSquares
+from natgrad.steps.problem import Decision, LeastSquares, half_square, predicted_change
 
 # A second derivative along v is taken over this part of v.
 PROBE = 0.1
 # The correction ½t²a is left out where ‖ta‖ is more than so many times ‖v‖: there the curve is no expansion.
 BENT = 1.5
+# After so many rungs of the ladder that led nowhere the next ones are farther apart, up to the largest eigenvalue of F
+# and somewhat more: a step for which nothing lowers the loss ends after a few values of λ.
+RUNGS, FARTHER, GREATEST = 3, 3, 100.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class CurvedSearch:
 
     λ is the least of a ladder, from a rung below the last step's upwards, for which t ≥ `shortest`. A greedy λ, with
     the lowest loss after each step, ends in narrow valleys and crawls; long steps that lower the loss by little pass
-    them by. Where the metric knows the singular values of J, small ones are left out rather than damped (`order`).
+    them by. A step for which nothing lowers the loss leaves λ as it was. Where the metric knows the singular values of
+    J, small ones are left out rather than damped (`order`).
 
     Attributes:
         initial: the first λ, in the largest eigenvalue of F.
@@ -65,11 +69,13 @@ class CurvedSearch:
         trial = _Trial(problem, self.order if problem.sharp else 1.0, self.shortest)
         largest = problem.largest
         floor = self.floor if problem.sharp else max(self.floor, torch.finfo(problem.residuals.dtype).eps)
-        damping = self.initial * largest if damping is None else damping
-        damping = max(damping / self.rung, floor * largest)
-        while not trial.along(damping) and damping < 1e6 * largest:
-            damping *= self.rung
-        return trial.decision(damping)
+        last = self.initial * largest if damping is None else damping
+        damping, count = max(last / self.rung, floor * largest), 0
+        while not trial.along(damping) and damping < GREATEST * largest:
+            count += 1
+            damping *= self.rung if count <= RUNGS else self.rung**FARTHER
+            damping = min(damping, GREATEST * largest)
+        return trial.decision(last)
 
 
 class _Trial:
@@ -77,10 +83,9 @@ class _Trial:
 
     def __init__(self, problem: LeastSquares, order: float, shortest: float) -> None:
         self._problem, self._order, self._shortest = problem, order, shortest
-        self._loss = 0.5 * float(problem.residuals.square().sum())
-        self._lowest, self._length = self._loss, 0.0
+        self._loss = half_square(problem.residuals)
+        self._lowest, self._length, self._damping = self._loss, 0.0, math.nan
         self._update: Tensor | None = None
-        self._evaluations = 0
 
     def along(self, damping: float) -> bool:
         """Searches one λ's curve; whether a step of fair length lowers the loss."""
@@ -89,7 +94,7 @@ class _Trial:
         if not bool(torch.isfinite(v.sum())):
             return False
         a, reach = torch.zeros_like(v), math.inf
-        tip = self._evaluate(PROBE * v)
+        tip = problem.at(PROBE * v)
         if tip is not None:
             second = 2 / PROBE * ((tip - r) / PROBE - problem.image(v))
             a = -problem.solve(second, damping, self._order)
@@ -98,34 +103,21 @@ class _Trial:
         t = 1.0
         while t > self._shortest / 2:
             candidate = t * v + 0.5 * t * t * a if t <= reach else t * v
-            after = self._evaluate(candidate)
-            loss = math.inf if after is None else 0.5 * float(after.square().sum())
+            loss = half_square(problem.at(candidate))
             if loss < lowest:
                 lowest, length, update = loss, t, candidate
             elif update is not None:
                 break
             t /= 2
         if update is not None and (length >= self._shortest or lowest < self._lowest):
-            self._lowest, self._length, self._update = lowest, length, update
+            self._lowest, self._length, self._update, self._damping = lowest, length, update, damping
         return length >= self._shortest
 
-    def _evaluate(self, delta: Tensor) -> Tensor | None:
-        self._evaluations += 1
-        return self._problem.at(delta)
-
-    def decision(self, damping: float) -> Decision:
-        """The best step that was found, or that there is none."""
+    def decision(self, last: float) -> Decision:
+        """The best step that was found; where there is none, λ stays at its last value."""
         if self._update is None:
-            none = torch.zeros_like(self._problem.gradient())
-            return Decision(None, none, 0.0, damping, damping, evaluations=self._evaluations)
-        image = self._problem.image(self._update)
+            return Decision(None, 0.0, last, last)
+        predicted = predicted_change(self._problem.residuals, self._problem.image(self._update))
         return Decision(
-            self._update,
-            self._update,
-            self._length,
-            damping,
-            damping,
-            loss=self._lowest,
-            predicted=float(self._problem.residuals @ image) + 0.5 * float(image @ image),
-            evaluations=self._evaluations,
+            self._update, self._length, self._damping, self._damping, loss=self._lowest, predicted=predicted
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from natgrad.errors import ConfigError
 from natgrad.steps.adaptive_spring import AdaptiveSPRING
+from natgrad.steps.grafted import Grafted
 from natgrad.steps.problem import LeastSquares
 from natgrad.steps.quadratic import QuadraticModel
 from natgrad.steps.search import CurvedSearch
@@ -163,7 +164,7 @@ def believable(model: QuadraticModel, c: Float[Tensor, "K"], unit: float = 1.0) 
 
 
 # What decides α, and the momentum coefficient μ with it.
-StepSize: TypeAlias = FixedStep | AdaptiveStep | TrustRegion
+StepSize: TypeAlias = FixedStep | AdaptiveStep | Grafted | TrustRegion
 
 
 def step_size_from(lr: object, momentum: float | None) -> StepSize:

@@ -67,4 +67,4 @@ class SPRING:
             alpha /= math.sqrt(1 - self.momentum ** (2 * (step + 1)))
         if self.norm is not None and alpha * float(delta.norm()) > self.norm:
             alpha = self.norm / float(delta.norm())
-        return Decision(alpha * delta, delta, alpha, damping, damping)
+        return Decision(alpha * delta, alpha, damping, damping, delta)

@@ -119,7 +119,7 @@ def jacobian_products(
         tangents: each a name → tangent; a parameter that is not named has tangent zero and costs nothing.
 
     Returns:
-        The outputs, and for each tangent its image, shaped like the outputs.
+        The outputs, and for each tangent its image, shaped like the outputs; in float32 or more.
 
     Raises:
         OutputError: an operation of the model has no forward-mode derivative.
@@ -145,11 +145,13 @@ def jacobian_products(
                     f"({error}); give lr= to do without them"
                 ) from error
             unpacked = [forward_ad.unpack_dual(z) for z in dual]
-            outputs = tuple(u.primal.detach() for u in unpacked)
+            outputs = tuple(_full(u.primal) for u in unpacked)
             images.append(
-                tuple(
-                    (torch.zeros_like(u.primal) if u.tangent is None else u.tangent).detach()
-                    for u in unpacked
-                )
+                tuple(_full(torch.zeros_like(u.primal) if u.tangent is None else u.tangent) for u in unpacked)
             )
     return outputs, images
+
+
+def _full(value: Tensor) -> Tensor:
+    """At least in float32: a model may have autocast of its own."""
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32))

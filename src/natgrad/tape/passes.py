@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from natgrad.tape.loudness import unscaled
 from natgrad.tape.output_curvature import batched_grad
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.tape import Tape
@@ -48,17 +49,22 @@ class SignalPass:
         parameters that no rule covers, in models that are small. Zero for what needs no gradient any more.
         """
         named = [(name, p) for name, p in parameters.items() if p.requires_grad]
+        scale = self.tape.loudness([self.signals])
         for start in range(0, self.examples, chunk):
             rows = slice(start, min(start + chunk, self.examples))
             masked = [
-                _one_example_each(s, rows, self.examples)
+                _one_example_each(s * scale, rows, self.examples)
                 for s, z in zip(self.signals, self.outputs, strict=True)
                 if z.requires_grad
             ]
             outputs = [z for z in self.outputs if z.requires_grad]
             values = [p for _, p in named]
             gradients = batched_grad(outputs, values, masked, rows.stop - rows.start) if named else []
-            found = {name: g for (name, _), g in zip(named, gradients, strict=True) if g is not None}
+            found = {
+                name: unscaled(g, scale)
+                for (name, _), g in zip(named, gradients, strict=True)
+                if g is not None
+            }
             yield (
                 rows,
                 {

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from natgrad.tape.plain import plain_pass
+
 
 def call_with(
     model: nn.Module, values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -31,6 +33,7 @@ def call_with(
         for key, own in (*module._parameters.items(), *module._buffers.items())
         if own is not None and id(own) in substitutes
     }
-    if not chosen:
-        return model(*args, **kwargs)
-    return functional_call(model, chosen, args, dict(kwargs), tie_weights=False)
+    with plain_pass():
+        if not chosen:
+            return model(*args, **kwargs)
+        return functional_call(model, chosen, args, dict(kwargs), tie_weights=False)

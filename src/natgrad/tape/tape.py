@@ -18,11 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.tape.columns import LayerColumns, send_back
 from natgrad.tape.decompose import POSITIONS_FIRST, audible_parts_of
+from natgrad.tape.elements import ElementColumns
 from natgrad.tape.finite import require_finite
+from natgrad.tape.loudness import loudness, unscaled
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.rules import RULES, Geometry, LinearGeometry, Use
-from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, require_open, transforms, unwrapped
-from natgrad.tape.views import is_part, places, source
+from natgrad.tape.tracking import Terminal, Tracker, UnexplainedError
+from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, transforms, unwrapped
+from natgrad.tape.views import edge_of, is_part, places, source
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,18 @@ class Call:
     geometry: Geometry
     raw_inputs: Tensor
     edge: GradientEdge
+    shape: torch.Size  # of its result, and so of its signals
     has_bias: bool
-    nbytes: int = 0  # of its result, and so of its signals
+    nbytes: int = 0  # of these
+    half: bool = False  # whether these have few exponents, as float16
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was heard of one forward pass: the linear maps, and where the other parameters went."""
+
+    calls: list[Call]
+    tracker: Tracker
 
 
 class _Listener(TorchFunctionMode):
@@ -66,6 +79,7 @@ class Tape:
 
     Attributes:
         blocks: weight name → `Block`, for every block seen so far; it only grows.
+        elements: parameter name → the function by which it acted entry by entry, or was looked up; it only grows.
         uncovered: parameter name → the function that used it outside any rule.
     """
 
@@ -73,15 +87,16 @@ class Tape:
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameters = dict(parameters)
         self.blocks: dict[str, Block] = {}
+        self.elements: dict[str, str] = {}
         self.uncovered: dict[str, str] = {}
         self._calls: list[Call] = []
+        self._tracker = Tracker(parameters)
         self._examples_second = False
-        self._hidden = False  # whether anything was ever called where no graph is made
 
     @contextmanager
     def recording(self) -> Iterator[Tape]:
         """Listens to a forward pass; what was recorded before is dropped."""
-        self._calls = []
+        self.clear()
         with _Listener(self):
             yield self
 
@@ -104,13 +119,20 @@ class Tape:
 
         Raises:
             NonFiniteError: an input or a signal is not finite; says of which block.
-            OutputError: signals can't be sent back.
         """
-        reached = self._sent_back(outputs, [signals], names)
-        require_finite((call.block.weight, x) for call, (g,) in reached for x in (call.raw_inputs, g))
+        self.resolve(examples)
+        wanted = self.blocks.keys() if names is None else set(names)
+        calls = [call for call in self._calls if call.block.weight in wanted]
+        found = self._sent_back(
+            outputs, [signals], [call.edge for call in calls], sum(call.nbytes for call in calls)
+        )
+        reached = [(call, back[0]) for call, back in zip(calls, found, strict=True) if back is not None]
+        require_finite((call.block.weight, x) for call, g in reached for x in (call.raw_inputs, g))
         return [
-            LayerRecord(call.block, call.geometry, call.raw_inputs, g, examples, call.has_bias)
-            for call, (g,) in reached
+            LayerRecord(
+                call.block, call.geometry, call.raw_inputs, g.reshape(call.shape), examples, call.has_bias
+            )
+            for call, g in reached
         ]
 
     def columns(
@@ -119,83 +141,159 @@ class Tape:
         signals: Sequence[Sequence[Tensor]],
         examples: int,
         names: Iterable[str] | None = None,
-    ) -> list[LayerColumns]:
+    ) -> tuple[list[LayerColumns], list[ElementColumns]]:
         """Sends several sets of signals backwards, as `records` does one; what comes back is not looked at.
 
         Args:
             outputs: the model's outputs, part of the recorded graph.
             signals: for each pass, a tensor of the same shape for each output.
             examples: how many examples the batch holds.
-            names: names of the blocks wanted; all by default.
+            names: names of the parameters wanted; all by default.
+
+        Returns:
+            What every call of a linear map was sent, and every parameter that acted entry by entry or was looked up.
         """
-        return [
-            LayerColumns(call.block, call.geometry, call.raw_inputs, columns, examples, call.has_bias)
-            for call, columns in self._sent_back(outputs, signals, names)
+        wanted = self._parameters.keys() if names is None else set(names)
+        calls = [call for call in self._calls if call.block.weight in wanted]
+        ends = {name: ends for name, ends in self.resolve(examples).items() if name in wanted}
+        flat = [(name, end) for name, own in ends.items() for end in own]
+        edges = [call.edge for call in calls] + [end.edge for _, end in flat]
+        nbytes = sum(call.nbytes for call in calls) + sum(8 * end.numel for _, end in flat)
+        found = self._sent_back(outputs, signals, edges, nbytes)
+        layers = [
+            LayerColumns(
+                call.block,
+                call.geometry,
+                call.raw_inputs,
+                tuple(g.reshape(call.shape) for g in columns),
+                examples,
+                call.has_bias,
+            )
+            for call, columns in zip(calls, found, strict=False)
+            if columns is not None
         ]
+        reached: dict[str, list[tuple[Terminal, tuple[Tensor, ...]]]] = {}
+        for (name, end), columns in zip(flat, found[len(calls) :], strict=False):
+            if columns is not None:
+                reached.setdefault(name, []).append((end, columns))
+        elements = [
+            ElementColumns(
+                name,
+                self._parameters[name],
+                tuple(end for end, _ in own),
+                tuple(columns for _, columns in own),
+                examples,
+            )
+            for name, own in reached.items()
+        ]
+        return layers, elements
+
+    def resolve(self, examples: int) -> dict[str, list[Terminal]]:
+        """Where the parameters that act by no linear map met the batch; those of which it can't be told are listed.
+
+        Args:
+            examples: how many examples the batch holds.
+        """
+        found: dict[str, list[Terminal]] = {}
+        for name, parameter in self._parameters.items():
+            track = self._tracker.track(name)
+            if track is None or name in self.uncovered:
+                continue
+            try:
+                ends = list(track.terminals(examples))
+            except UnexplainedError as error:
+                self.uncovered[name] = str(error)
+                continue
+            own = self.blocks.get(name)
+            table = (own is None or not own.transposed) and all(end.looks_up(parameter) for end in ends)
+            if ends and self._in_a_map(name) and not table:
+                self.uncovered[name] = f"{ends[0].function} beside a linear map"
+            elif ends:
+                found[name] = ends
+                self.elements.setdefault(name, ends[0].function)
+        return found
+
+    def _in_a_map(self, name: str) -> bool:
+        return any(name in block.names for block in self.blocks.values())
 
     def _sent_back(
         self,
         outputs: Sequence[Tensor],
         signals: Sequence[Sequence[Tensor]],
-        names: Iterable[str] | None,
-    ) -> list[tuple[Call, tuple[Tensor, ...]]]:
-        """The wanted calls that outputs depend on, each with what every set of signals becomes there."""
-        wanted = self.blocks.keys() if names is None else set(names)
-        calls = [call for call in self._calls if call.block.weight in wanted]
+        edges: Sequence[GradientEdge],
+        nbytes: int,
+    ) -> list[tuple[Tensor, ...] | None]:
+        """For each edge what every set of signals becomes there; None where no output depends on it."""
         live = [z for z in outputs if z.requires_grad]
-        if self._hidden:
-            require_open(live)
-        if not calls or not live:
-            return []
-        found = send_back(
-            live,
-            [call.edge for call in calls],
-            [[s for z, s in zip(outputs, one, strict=True) if z.requires_grad] for one in signals],
-            sum(call.nbytes for call in calls),
-        )
+        if not edges or not live:
+            return [None] * len(edges)
+        sent = [[s for z, s in zip(outputs, one, strict=True) if z.requires_grad] for one in signals]
+        scale = self.loudness(sent)
+        if scale != 1.0:
+            sent = [[s * scale for s in one] for one in sent]
+        found = send_back(live, edges, sent, nbytes)
         return [
-            (call, tuple(g.detach() for g in back if g is not None))
-            for call, back in zip(calls, zip(*found, strict=True), strict=True)
-            if back[0] is not None
+            None if back[0] is None else tuple(unscaled(g.detach(), scale) for g in back if g is not None)
+            for back in zip(*found, strict=True)
         ]
+
+    def loudness(self, signals: Sequence[Sequence[Tensor]]) -> float:
+        """What signals are to be multiplied with on their way through the recorded pass; 1 except through float16."""
+        return loudness(signals) if any(call.half for call in self._calls) else 1.0
 
     @property
     def column_bytes(self) -> int:
         """What the signals of one backward pass take in memory."""
         return sum(call.nbytes for call in self._calls)
 
-    def take(self) -> list[Call]:
+    def take(self) -> Recording:
         """Hands the recorded pass over, so that the next one can be recorded before this one is read."""
-        calls, self._calls = self._calls, []
-        return calls
+        taken = Recording(self._calls, self._tracker)
+        self.clear()
+        return taken
 
-    def put(self, calls: list[Call]) -> None:
+    def put(self, taken: Recording) -> None:
         """Makes a pass that was taken the present one again."""
-        self._calls = calls
+        self._calls, self._tracker = taken.calls, taken.tracker
 
     def clear(self) -> None:
         """Drops the recorded pass, and with it its graph."""
-        self._calls = []
+        self._calls, self._tracker = [], Tracker(self._parameters)
 
     def covers(self, name: str) -> bool:
         """Whether curvature of a parameter is complete: it acted, and only by rules."""
-        return name not in self.uncovered and any(name in block.names for block in self.blocks.values())
+        known = name in self.elements or self._in_a_map(name)
+        return known and name not in self.uncovered
+
+    def is_map(self, name: str) -> bool:
+        """Whether a parameter is covered, and a linear map alone."""
+        return self.covers(name) and name not in self.elements
+
+    def explains(self, name: str) -> bool:
+        """Whether a parameter is covered, and all that acted together with it."""
+        together = next((block.names for block in self.blocks.values() if name in block.names), (name,))
+        return all(map(self.covers, together))
 
     def _heard(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         self._tell_unheard(func, args, kwargs, result)
-        self._hidden |= not torch.is_grad_enabled()
         rule = RULES.get(func)
+        rest: Any = (args, tuple(kwargs.values()))
         if rule is not None and not transforms():
             use = rule(*args, **kwargs)
             if use is not None and self._note(use, result):
                 # A parameter as input acts outside the rule, and takes the weight with it: no row is an example's.
-                args, kwargs = (use.raw_input,), {}
+                rest = (use.raw_input,)
                 if self._name(use.raw_input) is not None:
-                    args = (use.raw_input, use.weight)
-        for tensor in _tensors((args, tuple(kwargs.values()))):
-            name = self._name(tensor)
-            if name is not None and _acts(result, self._parameters[name]):
-                self.uncovered.setdefault(name, _name_of(func))
+                    rest = (use.raw_input, use.weight)
+                elif use.bias is not None and self._name(use.bias) is None:
+                    rest = (use.raw_input, use.bias)  # perhaps made of a parameter
+        if transforms():
+            for tensor in _tensors(rest):
+                name = self._name(tensor)
+                if name is not None and _acts(result, self._parameters[name]):
+                    self.uncovered.setdefault(name, _name_of(func))
+        else:
+            self._tracker.heard(func, _name_of(func), _tensors(rest), args, kwargs, result)
 
     def _name(self, tensor: Tensor) -> str | None:
         """The name of the parameter that a tensor is, or is a view of."""
@@ -259,16 +357,16 @@ class Tape:
             geometry = use.geometry.within(place.start, outputs - place.start - rows)
             if self._examples_second and isinstance(geometry, LinearGeometry):
                 geometry = replace(geometry, examples_second=True)
-            # An edge, not the tensor: an in-place activation would move the tensor's place in the graph.
-            edge = get_gradient_edge(result)
             self._calls.append(
                 Call(
                     known,
                     geometry,
                     use.raw_input.detach(),
-                    edge,
+                    edge_of(result),
+                    result.shape,
                     bias is not None,
                     result.numel() * result.element_size(),
+                    result.dtype == torch.float16,
                 )
             )
         return True

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
 
-from natgrad.errors import OutputError
-
 functorch: Any = torch._C._functorch
 
 # Functions that take a tensor out of the graph, so that nothing of it acts.
@@ -50,27 +48,6 @@ def differentiated(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def leaves_of(outputs: Any) -> Iterator[Tensor]:
     """The leaves of the graph of some outputs: parameters, and inputs that need gradients."""
-    for node in _nodes(outputs):
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            yield leaf
-
-
-def require_open(outputs: Any) -> None:
-    """Sees that no part of the graph of some outputs will be made only in the user's backward pass.
-
-    Raises:
-        OutputError: a checkpoint of the old kind will.
-    """
-    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(outputs)):
-        raise OutputError(
-            "the model checkpoints activations with use_reentrant=True, and no signal can be sent back through that: "
-            "call torch.utils.checkpoint.checkpoint with use_reentrant=False"
-        )
-
-
-def _nodes(outputs: Any) -> Iterator[Any]:
-    """The nodes of the graph of some outputs."""
     given = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     waiting = [one.node if isinstance(one, GradientEdge) else one.grad_fn for one in given]
     seen = set()
@@ -79,5 +56,7 @@ def _nodes(outputs: Any) -> Iterator[Any]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        yield node
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            yield leaf
         waiting.extend(following for following, _ in node.next_functions)

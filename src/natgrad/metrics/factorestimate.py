@@ -1,0 +1,182 @@
+"""Estimates that keep factors of every linear map and table, and the diagonal of F beside them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.metrics.average import decay_since
+from natgrad.metrics.base import Estimate, Observation
+from natgrad.metrics.factors import Factors, Sharing
+from natgrad.metrics.layers import Layer, layers_of
+from natgrad.metrics.runningsquares import RunningSquares
+from natgrad.operators import BlockDiagonal, Diagonal, LinearOperator
+from natgrad.tape.elements import ElementColumns
+from natgrad.tape.finite import require_finite
+from natgrad.tape.records import Block
+from natgrad.tape.rows import portions
+
+# Signals of so many bytes, of as many passes as that makes, are added together: what a cache holds, so that warm memory
+# is used again.
+COLUMN_BYTES = 2**22
+# The rule of a block that was only ever looked up.
+LOOKUP = "embedding"
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What one block did in some signal passes of a micro-batch.
+
+    Attributes:
+        factors: the block's sums, which have it already.
+        layer: what it did.
+        decay: what was left of the old sums.
+        numerator: what Σ S Sᵀ counts.
+    """
+
+    factors: Factors
+    layer: Layer | ElementColumns
+    decay: float
+    numerator: float
+
+
+class FactorEstimate(Estimate):
+    """An estimate that keeps factors of every linear map and table that it sees, and the diagonal of F beside them.
+
+    Parameters that act entry by entry, such as a normalisation's scale and shift, have the diagonal.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        decay: float,
+        examples: int | None,
+        sharing: Sharing = "expand",
+        largest: int | None = None,
+    ) -> None:
+        super().__init__(parameters)
+        self._decay, self._examples, self._sharing, self._largest = decay, examples, sharing, largest
+        self._blocks: dict[str, Factors] = {}
+        self._squares = RunningSquares(self.parameters, decay)
+
+    def covers(self, name: str) -> bool:
+        return name in self._squares or any(name in factors.block.names for factors in self._blocks.values())
+
+    @property
+    def _empty(self) -> bool:
+        return not self._blocks and not self._squares.totals
+
+    def _feed(self, observation: Observation, factors_too: bool = True) -> Iterator[Fed]:
+        """Adds a micro-batch to the factors, and hands on what each block did, pass by pass.
+
+        Args:
+            observation: the micro-batch.
+            factors_too: False where the factors have it already.
+        """
+        seen: set[tuple[str, bool]] = set()
+        begun: dict[str, tuple[float, float]] = {}
+        most = self._examples
+        stride = 1 if most is None else -(-observation.examples // most)
+        thinned = observation.numerator * observation.examples / -(-observation.examples // stride)
+        weights = observation.weights if observation.weights is None else observation.weights[::stride]
+        if factors_too:
+            self._squares.begin(observation)
+        for passes in portions(observation.passes, COLUMN_BYTES):
+            layers, elements = layers_of(passes, self.parameters, stride)
+            tables = [element for element in elements if element.only_lookups]
+            uses: list[Layer | ElementColumns] = [*layers, *tables]
+            blocks = [self._factors(_block_of(use)) for use in uses]
+            moments = [f.moments(use) for f, use in zip(blocks, uses, strict=True)] if factors_too else []
+            squares = {e.name: e.squares() for e in elements if e not in tables} if factors_too else {}
+            # Before anything enters an average. A signal that is not finite shows on its Gram matrix's diagonal.
+            checks = [
+                (_block_of(use).weight, _check_sum(use, one)) for use, one in zip(uses, moments, strict=False)
+            ]
+            require_finite((*checks, *squares.items()))
+            for name, value in squares.items():
+                self._squares.add(name, value)
+            for k, (factors, use) in enumerate(zip(blocks, uses, strict=True)):
+                weight, decay = factors.block.weight, 1.0
+                key = (weight, isinstance(use, Layer))
+                if key not in seen and factors_too:
+                    if weight not in begun:
+                        first = observation.first or factors.step != observation.step
+                        decay = decay_since(self._decay, factors.step, observation.step)
+                        begun[weight] = decay, observation.denominator(first)
+                        factors.step = observation.step
+                    own = weights if isinstance(use, Layer) else observation.weights
+                    factors.feed(use, begun[weight][0], own, begun[weight][1])
+                seen.add(key)  # the inputs are the same in every pass of one batch
+                numerator = thinned if isinstance(use, Layer) else observation.numerator
+                if factors_too:
+                    factors.add_moments(use, moments[k], numerator)
+                yield Fed(factors, use, decay, numerator)
+
+    def _padded(self, block: Block, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """∇h of a block: zeros for its bias, or its weight, where that is frozen; empty where both are."""
+        if not any(name in gradient for name in block.names):
+            return {}
+        return {
+            name: gradient[name] if name in gradient else torch.zeros_like(self.parameters[name])
+            for name in block.names
+        }
+
+    def _entrywise(self, gradient: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        """(F̂ + λ)⁻¹ ∇h of the parameters that have the diagonal."""
+        return {
+            name: gradient[name] / value.add_(damping)
+            for name, value in self._squares.averages().items()
+            if name in gradient
+        }
+
+    def _with_diagonal(self, blocks: list[LinearOperator]) -> LinearOperator:
+        """The operator of all blocks, and of the diagonal beside them."""
+        values = self._squares.averages()
+        if values:
+            blocks = [*blocks, Diagonal(self.space.restrict(values), values)]
+        covered = {name for block in blocks for name in block.space.names}
+        return BlockDiagonal(
+            self.space.restrict(name for name in self.space.names if name in covered), blocks
+        )
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {
+            f"{weight}.{k}.{side}": getattr(sums, side)
+            for weight, factors in self._blocks.items()
+            for k, sums in enumerate(factors.parts)
+            for side in "AG"
+        }
+
+    def _factors(self, block: Block) -> Factors:
+        if block.weight not in self._blocks:
+            space = self.space.restrict(block.names)
+            like = self.parameters[block.weight]
+            self._blocks[block.weight] = Factors(block, space, like, self._sharing, self._largest)
+            self._added(block.weight)
+        return self._blocks[block.weight]
+
+    @abc.abstractmethod
+    def _added(self, weight: str) -> None:
+        """A block was seen for the first time."""
+
+
+def _block_of(use: Layer | ElementColumns) -> Block:
+    if isinstance(use, Layer):
+        return use.block
+    words, features = len(use.parameter), use.parameter[0].numel()
+    return Block(use.name, None, LOOKUP, 1, features, words)
+
+
+def _check_sum(use: Layer | ElementColumns, moments: Tensor) -> Tensor:
+    """A number that is not finite if an input is not, or an entry of the signals' Gram matrix."""
+    readings = [one.reading.state()[0].sum() for one in use.uses] if isinstance(use, Layer) else []
+    # Off the diagonal an entry is at most as large as one on it.
+    return torch.stack([moments.sum() if moments.ndim == 1 else _diagonals(moments).sum(), *readings])
+
+
+def _diagonals(moments: Tensor) -> Tensor:
+    return moments.diagonal(dim1=-2, dim2=-1)
