@@ -72,7 +72,7 @@ $(STAMP): pyproject.toml constraints.txt $(PEERS)
 	fi; \
 	echo "Installing natgrad and its tools into $(VENV) (a few minutes the first time; log: $(LOG)) …"; \
 	if ! $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
-	        -c constraints.txt '$(TORCH)' -e '.[lab,peers,test,dev]' >$(LOG) 2>&1 \
+	        -c constraints.txt '$(TORCH)' -e '.[lab,peers,test,tools,dev]' >$(LOG) 2>&1 \
 	    || ! $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
 	        --no-deps -r $(PEERS) >>$(LOG) 2>&1; then \
 	    grep -v '^WARNING: Location' $(LOG) | tail -n 20 >&2 || true; \

@@ -230,6 +230,30 @@ def test_complex_amplitudes_learn_signs_as_well(momentum: float) -> None:
     assert (float(energy) - exact) / abs(exact) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "needs", "small"),
+    [
+        ("with_lightning", "lightning", {"epochs": 3, "rates": ("1e-2",)}),
+        ("with_trainer", "transformers", {"steps": 40, "rates": (1e-2,)}),
+        ("with_accelerate", "accelerate", {"epochs": 4, "rates": (1e-2,)}),
+    ],
+)
+@pytest.mark.filterwarnings(
+    "ignore:::(torch|lightning|pytorch_lightning|transformers|accelerate|torchmetrics)"
+)
+def test_natgrad_trains_inside_other_tools(name: str, needs: str, small: dict, tmp_path: Path) -> None:
+    pytest.importorskip(needs)
+    pytest.importorskip("sklearn")
+    if needs != "lightning":  # its settings are those of the process
+        pytest.importorskip("accelerate.state").AcceleratorState._reset_state(True)
+    with torch.random.fork_rng():
+        ours, theirs = main_of(name)(**small, plot=tmp_path / "a.png").values()
+    assert len(ours) == len(theirs)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
+    assert ours[-1] < 0.6 * ours[0]
+    assert drawn(tmp_path / "a.png")
+
+
 def test_every_example_has_its_page_and_the_page_its_picture() -> None:
     examples = {path.stem for path in EXAMPLES.glob("*.py")}
     assert {path.stem for path in PAGES.glob("*.md")} == examples

@@ -128,6 +128,20 @@ def test_the_judge_may_take_a_part_of_the_training_set() -> None:
     assert part["test_loss"] == whole["test_loss"]
 
 
+def test_batchnorm_is_judged_by_the_averages_of_the_present_weights() -> None:
+    problem = shrunken("resnet")
+    model, twin = problem.build(0), problem.build(0)
+    judged = problem.judge(twin)
+    assert not twin.training
+    with torch.no_grad():  # averages of other weights
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                module.running_mean.fill_(3.0)
+    twin.load_state_dict(model.state_dict())
+    assert problem.judge(twin) == judged
+
+
 def test_accuracy_counts_places_where_an_example_has_several() -> None:
     targets = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]])
     outputs = torch.stack([torch.zeros(2, 4), torch.full((2, 4), 1.0)], dim=1)

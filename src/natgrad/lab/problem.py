@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from natgrad.errors import ConfigError, EmptyError
 
 Score = Callable[[Tensor, Tensor], Tensor]
 Residuals = dict[str, Tensor]
 _AT_ONCE = 1000  # examples of a pass that measures
+_OF_NORMS = 2000  # examples that BatchNorm's averages are taken over
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -173,8 +175,9 @@ class Problem(Task):
     @torch.no_grad()
     def judge(self, twin: nn.Module) -> dict[str, float]:
         """Loss and excess on the training set (or the first `judged` of it), loss and scores on the test set."""
-        twin.eval()
         inputs, targets = (part[: self.judged] for part in self.train)
+        # BatchNorm's averages lag behind weights that move fast: they are taken anew, for everybody
+        update_bn(inputs[:_OF_NORMS].split(self.batch_size), twin.eval())
         loss = self.scale * self._means(twin, inputs, targets, {})["loss"]
         measured = {"loss": loss, "excess": loss - self.floor}
         if self.test is not None:

@@ -123,7 +123,7 @@ def fashion_cnn() -> Problem:
         title="a convolutional network classifies the 60,000 images of Fashion-MNIST",
         make_model=functools.partial(small_cnn, channels=(16, 32)),
         loss_fn=nn.CrossEntropyLoss(), train=train, test=test, unit="nats per image",
-        batch_size=250, judged=10_000, target=0.35, steps=480, evaluate_every=48, scores={"accuracy": correct},
+        batch_size=250, judged=10_000, target=0.35, steps=480, evaluate_every=80, scores={"accuracy": correct},
         schedule=True,
     )  # fmt: skip
 

@@ -156,7 +156,7 @@ class Plumbing(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and the batches that were seen since the last step."""
         super().zero_grad(set_to_none)
-        if self._built and not self._inside_closure:
+        if self._built:
             self._watcher.clear()
             self._curvature.restart(self._step)
 
@@ -201,7 +201,6 @@ class Plumbing(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     _built = False
-    _inside_closure = False
 
     def _begin(self) -> None:
         """Begins a step that brings its own batch."""
@@ -213,14 +212,8 @@ class Plumbing(torch.optim.Optimizer):
     def _evaluate(self, closure: Callable[[], Tensor | float] | None) -> Tensor | float | None:
         if closure is None:
             return None
-        self._watcher.clear()
-        self._curvature.restart(self._step)
-        self._inside_closure = True
-        try:
-            with torch.enable_grad():
-                return closure()
-        finally:
-            self._inside_closure = False
+        with torch.enable_grad():  # micro-batches may have gone before, as Lightning has it
+            return closure()
 
     def _loss(self, returned: Tensor | float | None) -> float | None:
         """h(θ) with the penalty."""
