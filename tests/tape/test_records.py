@@ -57,6 +57,24 @@ class Tied(nn.Module):
         return self.second(torch.sin(self.first(x)))
 
 
+class Turned(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w.T
+
+
+class Parametrized(nn.Module):
+    """A weight that is a view of the parameter that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        nn.utils.parametrize.register_parametrization(self.linear, "weight", Turned(), unsafe=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with nn.utils.parametrize.cached():
+            return self.linear(torch.tanh(self.linear(x)))
+
+
 class InPlace(nn.Module):
     """What follows a layer overwrites its output."""
 
@@ -362,10 +380,18 @@ CASES = {
     "functional": Case(Functional, (5, 3)),
     "twice": Case(Twice, (5, 3)),
     "tied": Case(Tied, (5, 3)),
+    "parametrized": Case(Parametrized, (5, 3)),
     "in-place": Case(InPlace, (5, 3)),
     "in-place-module": Case(
         lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 2)),
         (4, 2, 3, 3),
+    ),
+    "in-place-tokens": Case(
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2), nn.Sigmoid()),
+        (5, 2, 3),
+    ),
+    "in-place-unbatched": Case(
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.ReLU(inplace=True), nn.Conv1d(3, 2, 1)), (2, 4)
     ),
     "frozen": Case(Frozen, (5, 3)),
     "flattened": Case(OnFlattened, (5, 3, 4)),
@@ -389,6 +415,7 @@ CASES |= {
 CASES["unbatched-conv3d"] = Case(lambda: nn.Conv3d(2, 3, 2), (2, 3, 3, 3))
 CASES["unbatched-transposed"] = Case(lambda: nn.ConvTranspose2d(2, 3, 2, stride=2), (2, 3, 3))
 UNBATCHED = {
+    "in-place-unbatched",
     "unbatched-conv3d",
     "unbatched-transposed",
     "linear-1d",

@@ -163,6 +163,26 @@ class PackedSequences(nn.Module):
         return self.cell(packed)[1][0]
 
 
+class Symmetric(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w.triu() + w.triu(1).mT
+
+
+class Parametrized(nn.Module):
+    """Weights that are functions of the parameters that are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.last = (nn.Linear(3, 3) for _ in range(4))
+        parametrize = nn.utils.parametrize
+        parametrize.register_parametrization(self.first, "weight", Symmetric())
+        nn.utils.parametrizations.spectral_norm(self.second)
+        nn.utils.parametrizations.weight_norm(self.third)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.third(self.second(self.first(x))))
+
+
 def real(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=DTYPE)
 
@@ -192,6 +212,17 @@ CASES = {
         real(5, 3, 4),
         {"attention.in_proj_bias": "linear with the weight of another block"},
     ),
+    "parametrized": (
+        lambda: Parametrized().eval(),
+        real(5, 3),
+        {
+            "first.parametrizations.weight.original": "linear",
+            "second.parametrizations.weight.original": "div",
+            "third.parametrizations.weight.original0": "linear",
+            "third.parametrizations.weight.original1": "linear",
+            **{f"{name}.bias": "linear" for name in ("first", "second", "third")},
+        },
+    ),
     "packed-sequences": (
         PackedSequences,
         real(5, 3, 4),
@@ -213,6 +244,8 @@ def test_what_no_rule_covers_is_listed(name: str) -> None:
         assert not tape.covers(parameter)
 
 
+# The oracle batches by a loop where torch can do no better, and torch says so.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("chunk", [2, 64])
 def test_per_example_gradients_need_no_rule(name: str, chunk: int) -> None:

@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -36,13 +37,26 @@ def parts_of(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
     if func is F.multi_head_attention_forward:
         return _attention
     if func in SEQUENCES:
-        return (PACKED if is_packed(func, args) else SEQUENCES)[func]
+        return (PACKED if _is_packed(args) else SEQUENCES)[func]
     return CELLS.get(func)
 
 
-def is_packed(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a recurrent network is given packed sequences, of which nothing says whose examples they are."""
-    return func in SEQUENCES and isinstance(args[1], Tensor) and args[1].dim() == 1
+def audible_parts_of(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """The same for the tape; None also where it could not make use of the parts.
+
+    Nothing says whose examples the rows of a packed sequence are. And what a checkpoint computes a second time, in the
+    user's backward pass, has to save the same tensors as it did here.
+    """
+    if func is not F.multi_head_attention_forward and func in (SEQUENCES.keys() | CELLS.keys()):
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        checkpointed = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+        if checkpointed or (func in SEQUENCES and _is_packed(args)):
+            return None
+    return parts_of(func, args)
+
+
+def _is_packed(args: tuple[Any, ...]) -> bool:
+    return isinstance(args[1], Tensor) and args[1].dim() == 1  # how many examples each position has
 
 
 class Unfused(TorchFunctionMode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.tape.loudness import unscaled
+from natgrad.tape.output_curvature import batched_grad
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.tape import Tape
 
@@ -57,20 +57,9 @@ class SignalPass:
                 for s, z in zip(self.signals, self.outputs, strict=True)
                 if z.requires_grad
             ]
-            with warnings.catch_warnings():  # some operations are batched by a loop: slow, and right
-                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                gradients = (
-                    torch.autograd.grad(
-                        [z for z in self.outputs if z.requires_grad],
-                        [p for _, p in named],
-                        masked,
-                        retain_graph=True,
-                        allow_unused=True,
-                        is_grads_batched=True,
-                    )
-                    if named
-                    else ()
-                )
+            outputs = [z for z in self.outputs if z.requires_grad]
+            values = [p for _, p in named]
+            gradients = batched_grad(outputs, values, masked, rows.stop - rows.start) if named else []
             found = {
                 name: unscaled(g, scale)
                 for (name, _), g in zip(named, gradients, strict=True)

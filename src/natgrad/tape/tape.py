@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.tape.columns import LayerColumns, send_back
-from natgrad.tape.decompose import POSITIONS_FIRST, is_packed, parts_of
+from natgrad.tape.decompose import POSITIONS_FIRST, audible_parts_of
 from natgrad.tape.elements import ElementColumns
 from natgrad.tape.finite import require_finite
 from natgrad.tape.loudness import loudness, unscaled
@@ -25,7 +25,7 @@ from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.rules import RULES, Geometry, LinearGeometry, Use
 from natgrad.tape.tracking import Terminal, Tracker, UnexplainedError
 from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, transforms, unwrapped
-from natgrad.tape.views import is_part, places, source
+from natgrad.tape.views import edge_of, is_part, places, source
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Call:
     geometry: Geometry
     raw_inputs: Tensor
     edge: GradientEdge
+    shape: torch.Size  # of its result, and so of its signals
     has_bias: bool
-    nbytes: int = 0  # of its result, and so of its signals
+    nbytes: int = 0  # of these
     half: bool = False  # whether these have few exponents, as float16
 
 
@@ -61,7 +62,7 @@ class _Listener(TorchFunctionMode):
             if getattr(kind, "decomposes_torch_functions", False):
                 with self:  # heard are the functions that this one is made of
                     return kind.__torch_function__(func, types, args, kwargs or {})
-        parts = None if transforms() or is_packed(func, args) else parts_of(func, args)
+        parts = None if transforms() else audible_parts_of(func, args)
         if parts is not None:
             with self, self._tape._positions_first(func in POSITIONS_FIRST):
                 return parts(*args, **(kwargs or {}))
@@ -128,7 +129,9 @@ class Tape:
         reached = [(call, back[0]) for call, back in zip(calls, found, strict=True) if back is not None]
         require_finite((call.block.weight, x) for call, g in reached for x in (call.raw_inputs, g))
         return [
-            LayerRecord(call.block, call.geometry, call.raw_inputs, g, examples, call.has_bias)
+            LayerRecord(
+                call.block, call.geometry, call.raw_inputs, g.reshape(call.shape), examples, call.has_bias
+            )
             for call, g in reached
         ]
 
@@ -158,7 +161,14 @@ class Tape:
         nbytes = sum(call.nbytes for call in calls) + sum(8 * end.numel for _, end in flat)
         found = self._sent_back(outputs, signals, edges, nbytes)
         layers = [
-            LayerColumns(call.block, call.geometry, call.raw_inputs, columns, examples, call.has_bias)
+            LayerColumns(
+                call.block,
+                call.geometry,
+                call.raw_inputs,
+                tuple(g.reshape(call.shape) for g in columns),
+                examples,
+                call.has_bias,
+            )
             for call, columns in zip(calls, found, strict=False)
             if columns is not None
         ]
@@ -275,6 +285,8 @@ class Tape:
                 rest = (use.raw_input,)
                 if self._name(use.raw_input) is not None:
                     rest = (use.raw_input, use.weight)
+                elif use.bias is not None and self._name(use.bias) is None:
+                    rest = (use.raw_input, use.bias)  # perhaps made of a parameter
         if transforms():
             for tensor in _tensors(rest):
                 name = self._name(tensor)
@@ -345,14 +357,13 @@ class Tape:
             geometry = use.geometry.within(place.start, outputs - place.start - rows)
             if self._examples_second and isinstance(geometry, LinearGeometry):
                 geometry = replace(geometry, examples_second=True)
-            # An edge, not the tensor: an in-place activation would move the tensor's place in the graph.
-            edge = get_gradient_edge(result)
             self._calls.append(
                 Call(
                     known,
                     geometry,
                     use.raw_input.detach(),
-                    edge,
+                    edge_of(result),
+                    result.shape,
                     bias is not None,
                     result.numel() * result.element_size(),
                     result.dtype == torch.float16,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.tape.rules import LinearGeometry, Use
 
@@ -79,3 +80,16 @@ def is_part(bias: Tensor, parameter: Tensor, start: int, outputs: int) -> bool:
     """
     offset = bias.storage_offset() - parameter.storage_offset()
     return parameter.shape == (outputs,) and bias.dim() == 1 and offset == start * parameter.stride(0)
+
+
+def edge_of(result: Tensor) -> GradientEdge:
+    """A result's place in the graph: an edge, as an in-place activation moves the tensor to another place.
+
+    Of a product with tokens torch returns a view, and such an activation moves what it is a view of, too: signals are
+    then read there, in the shape that this has.
+    """
+    base = result._base
+    whole = base is not None and base.requires_grad and base.numel() == result.numel()
+    if base is None or not whole or not (base.is_contiguous() and result.is_contiguous()):
+        return get_gradient_edge(result)
+    return get_gradient_edge(base)
