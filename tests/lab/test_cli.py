@@ -173,7 +173,7 @@ def test_inspect_names_rule_factors_and_cost(say: Any) -> None:
         "in 0.weight",
         "layer_norm",
         "33² and 3²",
-        "2 of 6 parameters",
+        "a diagonal",
         "64 examples",
     ):
         assert told in said.out

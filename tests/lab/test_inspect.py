@@ -82,17 +82,21 @@ def test_what_has_no_rule_is_listed_with_the_function_that_used_it() -> None:
             super().__init__()
             self.map, self.norm, self.idle = nn.Linear(4, 4), nn.LayerNorm(4), nn.Parameter(torch.ones(2))
             self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+            self.odd, self.table = nn.Parameter(torch.ones(4)), nn.Embedding(5, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.norm(self.map(x))
+            looked_up = self.table(torch.zeros(len(x), dtype=torch.long))
+            return torch.einsum("nd,d->nd", self.norm(self.map(x)), self.odd) + looked_up
 
     inspection = inspect_module(Odd(), torch.zeros(3, 4))
-    rows = {row.name: row.rule for row in inspection.rows}
-    assert "layer_norm" in rows["norm.weight"]
-    assert "not used" in rows["idle"]
+    rows = {row.name: row for row in inspection.rows}
+    assert (rows["norm.weight"].rule, rows["norm.weight"].factors) == ("layer_norm", "a diagonal")
+    assert (rows["table.weight"].rule, rows["table.weight"].factors) == ("embedding", "4² and a diagonal")
+    assert rows["odd"].rule == "none (einsum): a diagonal of squared gradients"
+    assert "not used" in rows["idle"].rule
     assert "frozen" not in rows
     text = render(inspection, 120)
-    assert "3 of 5 parameters" in text
+    assert "2 of 7 parameters" in text
     assert "1 frozen" in text
 
 

@@ -19,7 +19,10 @@ from natgrad.errors import ConfigError, EmptyError
 from natgrad.lab.extras import require
 from natgrad.lab.formats import number, operations, size
 from natgrad.lab.problems import REGISTRY, call_factory, load_problem
+from natgrad.metrics.factorestimate import LOOKUP
 from natgrad.tape.tape import Tape
+
+REMAINDER = "a diagonal of squared gradients"
 
 
 @dataclass(frozen=True)
@@ -215,29 +218,37 @@ def inspect_module(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise EmptyError("the model has no trainable parameter")
-    count, shapes, uncovered = _listen(model, example, parameters)
+    count, shapes, tape = _listen(model, example, parameters)
     weights = {block.weight: block for block, _ in shapes.values()}
     owner = {name: block for block, _ in shapes.values() for name in block.names}
     rows = []
     for name, parameter in parameters.items():
         shape = tuple(parameter.shape)
-        if name in uncovered:
-            rows.append(Row(name, shape, f"none ({uncovered[name]}): plain gradient", "–", 0, None))
+        each = parameter.element_size()
+        if name in tape.uncovered:
+            rows.append(Row(name, shape, f"none ({tape.uncovered[name]}): {REMAINDER}", "–", 0, None))
         elif name in weights:
             block, layer = shapes[name]
             sides = f"{layer.columns}² and {layer.outputs}²"
             text = sides if layer.groups == 1 else f"{layer.groups} × ({sides})"
-            memory = 2 * layer.factor_elements * parameter.element_size()  # the averages and their inverses
-            rows.append(Row(name, shape, block.rule, text, memory, layer))
+            memory = 2 * layer.factor_elements * each  # the averages and their inverses
+            rule = f"{block.rule} and {tape.elements[name]}" if name in tape.elements else block.rule
+            rows.append(Row(name, shape, rule, text, memory, layer))
         elif name in owner:
             rows.append(Row(name, shape, owner[name].rule, f"in {owner[name].weight}", 0, None))
+        elif tape.elements.get(name) == LOOKUP and len(shape) == 2:
+            words, features = shape
+            memory = 2 * (features**2 + words) * each
+            rows.append(Row(name, shape, LOOKUP, f"{features}² and a diagonal", memory, None))
+        elif name in tape.elements:
+            rows.append(Row(name, shape, tape.elements[name], "a diagonal", parameter.numel() * each, None))
         else:
-            rows.append(Row(name, shape, "not used on this example: plain gradient", "–", 0, None))
+            rows.append(Row(name, shape, f"not used on this example: {REMAINDER}", "–", 0, None))
     notes = []
     bare = [row.name for row in rows if row.layer is None and row.factors == "–"]
     if bare:
         share = sum(parameters[n].numel() for n in bare) / sum(p.numel() for p in parameters.values())
-        notes.append(f"{len(bare)} of {len(rows)} parameters ({share:.1%} of the numbers) have no rule yet.")
+        notes.append(f"{len(bare)} of {len(rows)} parameters ({share:.1%} of the numbers) have no rule.")
     frozen = sum(1 for p in model.parameters() if not p.requires_grad)
     if frozen:
         notes.append(f"{frozen} frozen parameters are left alone.")
@@ -247,8 +258,8 @@ def inspect_module(
 
 def _listen(
     model: nn.Module, example: Any, parameters: Mapping[str, nn.Parameter]
-) -> tuple[int, dict[str, tuple[Any, LayerShape]], Mapping[str, str]]:
-    """Batch size of the example; weight name → (block, shape); uncovered parameter → the function that used it."""
+) -> tuple[int, dict[str, tuple[Any, LayerShape]], Tape]:
+    """Batch size of the example; weight name → (block, shape); the tape, which says what the others did."""
     tensors = list(_tensors(example))
     if not tensors:
         raise ConfigError("the example input holds no tensor")
@@ -278,7 +289,7 @@ def _listen(
         )  # fmt: skip
         shapes[block.weight] = (block, shape)
     tape.clear()
-    return count, shapes, tape.uncovered
+    return count, shapes, tape
 
 
 def _model_and_example(path: str, found: object) -> tuple[nn.Module, Any]:
