@@ -110,7 +110,11 @@ class Case:
 
     def expansion(self, damping: float = 0.0, penalty: float = 0.0, fraction: float = 1.0) -> Expansion:
         likelihood = likelihood_from(self.loss)
-        watcher = Watcher(self.model, self.loss, likelihood, None, [], lambda: False, lambda *_: None)
+
+        def never() -> bool:
+            return False
+
+        watcher = Watcher(self.model, self.loss, likelihood, None, None, [], never, lambda *_: None, never)
         watcher.batches = self.batches
         with torch.no_grad():
             return expand(
