@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 VERSION = 3
 # What is nested. It is kept as tuples of tuples that name tensors by number, and these in a flat list: other tools
 # (torch.distributed.checkpoint) rename keys and drop empty containers, but neither of tuples.
-NESTED = ("estimates", "blocks", "uncovered", "fallback")
+NESTED = ("estimates", "blocks", "elements", "remainder", "uncovered", "fallback")
 
 
 def save_state(optimizer: Plumbing, base: dict[str, Any]) -> dict[str, Any]:

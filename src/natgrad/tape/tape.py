@@ -23,7 +23,7 @@ from natgrad.tape.finite import require_finite
 from natgrad.tape.loudness import loudness, unscaled
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.rules import RULES, Geometry, LinearGeometry, Use
-from natgrad.tape.tracking import Terminal, Tracker, UnexplainedError
+from natgrad.tape.tracking import Terminal, Tracker, UnexplainedError, tensors_in
 from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, transforms, unwrapped
 from natgrad.tape.views import edge_of, is_part, places, source
 
@@ -60,7 +60,7 @@ class _Listener(TorchFunctionMode):
     ) -> Any:
         for kind in types:
             if getattr(kind, "decomposes_torch_functions", False):
-                with self:  # heard are the functions that this one is made of
+                with self, self._tape._decomposing():  # heard are the functions that this one is made of
                     return kind.__torch_function__(func, types, args, kwargs or {})
         parts = None if transforms() else audible_parts_of(func, args)
         if parts is not None:
@@ -92,6 +92,7 @@ class Tape:
         self._calls: list[Call] = []
         self._tracker = Tracker(parameters)
         self._examples_second = False
+        self._in_parts = False
 
     @contextmanager
     def recording(self) -> Iterator[Tape]:
@@ -287,13 +288,14 @@ class Tape:
                     rest = (use.raw_input, use.weight)
                 elif use.bias is not None and self._name(use.bias) is None:
                     rest = (use.raw_input, use.bias)  # perhaps made of a parameter
-        if transforms():
-            for tensor in _tensors(rest):
+        # In a function that was taken apart a first axis need not be the batch's: only linear maps are known there.
+        if transforms() or self._in_parts:
+            for tensor in tensors_in(rest):
                 name = self._name(tensor)
                 if name is not None and _acts(result, self._parameters[name]):
                     self.uncovered.setdefault(name, _name_of(func))
         else:
-            self._tracker.heard(func, _name_of(func), _tensors(rest), args, kwargs, result)
+            self._tracker.heard(func, _name_of(func), tensors_in(rest), args, kwargs, result)
 
     def _name(self, tensor: Tensor) -> str | None:
         """The name of the parameter that a tensor is, or is a view of."""
@@ -302,8 +304,8 @@ class Tape:
     def _tell_unheard(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Lists parameters that act by derivatives of this call too, in nodes of the graph that no function made."""
         reason = transforms()
-        if reason and func not in PASSIVE and next(_tensors(result), None) is not None:
-            for tensor in _tensors((args, tuple(kwargs.values()))):
+        if reason and func not in PASSIVE and next(tensors_in(result), None) is not None:
+            for tensor in tensors_in((args, tuple(kwargs.values()))):
                 self._uncover(unwrapped(tensor), reason)
         outputs = differentiated(func, args, kwargs)
         if outputs is not None:
@@ -323,6 +325,15 @@ class Tape:
             yield
         finally:
             self._examples_second = before
+
+    @contextmanager
+    def _decomposing(self) -> Iterator[None]:
+        """While a function of a tensor subclass is taken apart."""
+        before, self._in_parts = self._in_parts, True
+        try:
+            yield
+        finally:
+            self._in_parts = before
 
     def _note(self, use: Use, result: Tensor) -> bool:
         """Makes a call of it, unless its weight is no parameter's map."""
@@ -374,20 +385,10 @@ class Tape:
 
 def _acts(result: Any, parameter: Tensor) -> bool:
     """Whether a call passed a parameter on to the graph; asking for its shape, a view or a detached copy does not."""
-    return any(t.grad_fn is not None and source(t) is not parameter for t in _tensors(result))
+    return any(t.grad_fn is not None and source(t) is not parameter for t in tensors_in(result))
 
 
 def _name_of(func: Any) -> str:
     """A function's name; a property's, such as "T", where the call was ``Tensor.T.__get__``."""
     name = getattr(func, "__name__", str(func))
     return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        yield from _tensors(tuple(value.values()))

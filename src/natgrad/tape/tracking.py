@@ -211,7 +211,7 @@ class Tracker:
         """
         given = list({id(t): t for t in tensors}.values())
         followed = [t for t in given if self._followed(t)]
-        made = [t for t in _flat(result) if t.requires_grad]
+        made = [t for t in tensors_in(result) if t.requires_grad]
         if not followed or not made:
             return
         edges = [get_gradient_edge(t) for t in made]
@@ -253,14 +253,15 @@ class Tracker:
 
 
 def _count(args: Any, kwargs: Any, tensor: Tensor) -> int:
-    return sum(t is tensor for t in _flat((args, tuple(kwargs.values()))))
+    return sum(t is tensor for t in tensors_in((args, tuple(kwargs.values()))))
 
 
-def _flat(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors among nested arguments or results."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _flat(item)
+            yield from tensors_in(item)
     elif isinstance(value, Mapping):
-        yield from _flat(tuple(value.values()))
+        yield from tensors_in(tuple(value.values()))
