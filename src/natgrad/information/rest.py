@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from natgrad.metrics import Estimate, Observation
-from natgrad.metrics.average import Weight
+from natgrad.metrics.runningsquares import RunningSquares
 from natgrad.operators import BlockDiagonal, Diagonal, LinearOperator, ParameterSpace
 from natgrad.tape.passes import SignalPass
 
@@ -22,24 +22,22 @@ class Rest:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = dict(parameters)
-        self._totals: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        self._weight, self._numerator = Weight(), 1.0
+        self._squares = RunningSquares(self._parameters, decay=0.0)  # all batches are of one step
 
     def begin(self, observation: Observation) -> None:
         """Counts a batch, whose passes follow."""
-        self._weight.add(observation.denominator(observation.first), 1.0)
-        self._numerator = observation.numerator
+        self._squares.begin(observation)
+        for name, p in self._parameters.items():  # a batch without a pass counts too
+            self._squares.add(name, torch.zeros_like(p))
 
     def observe(self, signal_pass: SignalPass) -> None:
         """Adds the squares of one pass's per-example gradients."""
-        for _, scores in signal_pass.scores(self._parameters):
-            for name, score in scores.items():
-                self._totals[name].add_(score.square_().sum(0), alpha=self._numerator)
+        for name, squares in signal_pass.squares(self._parameters).items():
+            self._squares.add(name, squares)
 
     def operator(self) -> Diagonal:
         """The diagonal."""
-        values = {name: total / self._weight.total for name, total in self._totals.items()}
-        return Diagonal(ParameterSpace.of(self._totals), values)
+        return Diagonal(ParameterSpace.of(self._parameters), self._squares.averages())
 
 
 def joined(space: ParameterSpace, estimate: Estimate | None, rest: Rest | None) -> LinearOperator:

@@ -82,10 +82,8 @@ class _DiagonalEstimate(Estimate):
         elsewhere = {name: self.parameters[name] for name in explained.rest if name in acted}
         if elsewhere:
             for signal_pass in passes:
-                for _, scores in signal_pass.scores(elsewhere):
-                    for name, score in scores.items():
-                        own = score.square_().sum(0)
-                        squares[name] = squares[name] + own if name in squares else own
+                for name, own in signal_pass.squares(elsewhere).items():
+                    squares[name] = squares[name] + own if name in squares else own
         return squares
 
     def _values(self) -> dict[str, Tensor]:

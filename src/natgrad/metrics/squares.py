@@ -87,13 +87,12 @@ def _add_table(total: Tensor, table: ElementColumns, U_A: Basis, U_G: Basis, wei
     both scores are left out.)
     """
     features = table.parameter[0].numel()
-    inner = total[0, :, :features]
     basis = None if U_A is None else U_A[0, :features]
     if U_G is None:
         squares = table.squares_in(basis)
         total[0, :, : squares.shape[1]].add_(squares, alpha=weight)
         return
-    step = max(1, CHUNK // inner.numel())
+    step = max(1, CHUNK // table.parameter.numel())
     for start in range(0, table.examples, step):
         for column in range(table.columns):
             scores = table.score(column, slice(start, start + step)).flatten(2)

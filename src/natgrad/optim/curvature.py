@@ -52,6 +52,7 @@ class Curvature:
         self.trouble: str | None = None
         self._warned = False
         self._due_now: bool | None = None
+        self._noted: tuple[Mapping[str, Tensor], float] | None = None
         self._step = 0
 
     def due(self) -> bool:
@@ -63,6 +64,7 @@ class Curvature:
     def restart(self, step: int) -> None:
         """Begins the observations of a step."""
         self._step, self.observed, self._due_now, self.trouble = step, False, None, None
+        self._noted = None
 
     def begins(self) -> bool:
         """Whether no parameter has a gradient, so that a step begins: no batch before this one is a part of it."""
@@ -132,15 +134,13 @@ class Curvature:
             self.observed = True
 
     def note(self, gradient: Mapping[str, Tensor], examples: float) -> None:
-        """Shows a step's gradients to the diagonal of what no metric covers, once a step.
+        """A step's gradients, for the diagonal of what no metric covers: Δ may be made of averaged ones.
 
         Args:
             gradient: ∇h by name.
             examples: how many the loss is a mean of; 1 where it is a sum.
         """
-        if self._fallback is None:
-            left = {n: g for n, g in gradient.items() if not any(e.covers(n) for _, e, _ in self.estimates)}
-            self.remainder.observe(left, examples, self._step)
+        self._noted = gradient, examples
 
     def direction(
         self, gradient: dict[str, Tensor], damping: Mapping[str, float], step: int
@@ -167,12 +167,19 @@ class Curvature:
         left = [name for name in gradient if name not in direction]
         self._announce(left)
         if self._fallback is None:
-            given = {name: gradient[name] for name in left}
-            direction |= {name: -delta for name, delta in self.remainder.solve(given, damping).items()}
+            direction |= self._of_remainder({name: gradient[name] for name in left}, damping)
         else:
             known = {name for names in self.fallback_names for name in names}
             self.add_fallback([name for name in left if name not in known])
         return {name: direction[name] for name in gradient if name in direction}
+
+    def _of_remainder(
+        self, gradient: Mapping[str, Tensor], damping: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        if self._noted is not None:
+            noted, examples = self._noted
+            self.remainder.observe({name: noted[name] for name in gradient}, examples, self._step)
+        return {name: -delta for name, delta in self.remainder.solve(gradient, damping).items()}
 
     def add_fallback(self, names: list[str]) -> None:
         """Gives these parameters to the user's fallback optimiser, which is made when there are some."""

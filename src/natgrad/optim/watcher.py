@@ -9,7 +9,7 @@ back at that moment, while the graph is whole.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from natgrad.tape import Batch, Tape, evaluate
 from natgrad.tape.outputs import count_examples, find_outputs
 from natgrad.tape.plain import original, plain_pass, within_compiled
 from natgrad.tape.tape import Call, Recording
+from natgrad.tape.tracking import tensors_in
 from natgrad.tape.unheard import leaves_of
 
 Outputs = tuple[Tensor, ...]
@@ -210,7 +211,7 @@ class Watcher:
             with torch.no_grad():
                 value = self.likelihood.loss(bare(outputs), targets)
         # The loss may have gone another way than the outputs that were found: it is among what was returned.
-        roots = [z for z in _tensors((*outputs, forward.returned)) if z.requires_grad]
+        roots = [z for z in tensors_in((*outputs, forward.returned)) if z.requires_grad]
         self._await_backward(_Answer(forward), roots, outputs, targets, value, _same)
 
     def _close(self) -> None:
@@ -326,14 +327,6 @@ class Watcher:
 def _transforming() -> bool:
     """Whether a transform of torch.func is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, Mapping)):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(inner)
 
 
 def _require_examples(outputs: Outputs) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from natgrad.operators.layerrows import Use
 from natgrad.operators.readings import Positions
+from natgrad.tape.output_curvature import batched_grad
 from natgrad.tape.records import Block
 from natgrad.tape.rules import ConvolutionGeometry, Geometry, LinearGeometry
 
@@ -77,22 +77,8 @@ def send_back(
         For each pass, a tensor for each edge; None where it depends on no output.
     """
     if len(signals) > 1 and nbytes * len(signals) <= BATCHED_BYTES:
-        try:
-            stacked = [torch.stack(parts) for parts in zip(*signals, strict=True)]
-            with warnings.catch_warnings():  # what can only be batched by a loop is
-                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                batched = torch.autograd.grad(
-                    outputs, edges, stacked, retain_graph=True, allow_unused=True, is_grads_batched=True
-                )
-        except RuntimeError:  # an operation that can't be batched at all
-            pass
-        else:
-            columns = [[None] * len(signals) if g is None else g.unbind() for g in batched]
-            return list(zip(*columns, strict=True))
-    return [_one(outputs, edges, one) for one in signals]
-
-
-def _one(
-    outputs: Sequence[Tensor], edges: Sequence[GradientEdge], signals: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(outputs, edges, signals, retain_graph=True, allow_unused=True)
+        stacked = [torch.stack(parts) for parts in zip(*signals, strict=True)]
+        batched = batched_grad(outputs, edges, stacked, len(signals))
+        columns = [[None] * len(signals) if g is None else g.unbind() for g in batched]
+        return list(zip(*columns, strict=True))
+    return [torch.autograd.grad(outputs, edges, one, retain_graph=True, allow_unused=True) for one in signals]

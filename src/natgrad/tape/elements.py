@@ -7,7 +7,6 @@ parameter, if anything does, is linearised: a score of q goes back by its deriva
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from natgrad.linalg import accumulate_gram
+from natgrad.tape.output_curvature import batched_grad
 from natgrad.tape.tracking import Lookup, Terminal
 
 # Scores of so many numbers are formed at a time.
@@ -91,12 +92,12 @@ class ElementColumns:
         """Σ g gᵀ [features, features] over passes and lookups, or its diagonal."""
         features = self.parameter[0].numel()
         total = self.parameter.new_zeros(*(features,) * (1 if diagonal else 2))
-        for lookup, signals in self.lookups():
-            kept = None if lookup.padding is None else (lookup.indices != lookup.padding).flatten()
-            for signal in signals:
-                g = signal.reshape(-1, features).to(total.dtype)
-                g = g if kept is None else g[kept]
-                total += g.square().sum(0) if diagonal else g.mT @ g
+        for column in range(self.columns):
+            for _, values in self._used(column):
+                if diagonal:
+                    total += values.square().sum(0)
+                else:
+                    accumulate_gram(total, values)
         return total
 
     def with_passes_of(self, other: ElementColumns) -> ElementColumns:
@@ -139,29 +140,27 @@ class ElementColumns:
         if track.edge is None:
             return scores
         scores = scores.to(track.tensor.dtype)
-        with warnings.catch_warnings():  # what can only be batched by a loop is
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            (found,) = torch.autograd.grad(
-                [track.edge], [self.parameter], [scores], retain_graph=True, is_grads_batched=True
-            )
+        (found,) = batched_grad([track.edge], [self.parameter], [scores], len(scores))
+        assert found is not None  # the tensor was made of the parameter
         return found.to(self.parameter.dtype)
+
+    def _used(self, column: int) -> list[tuple[Int[Tensor, "k"], Float[Tensor, "k features"]]]:
+        """One pass's entries (example, row of the table) and their signals, of every lookup."""
+        found = []
+        for lookup, signals in self.lookups():
+            own = _by_example(signals[column].to(self.parameter.dtype), self.examples)
+            keys, values = _keyed(lookup, own, slice(None), self.examples)
+            found.append((keys, values.flatten(1)))
+        return found
 
     def _lookup_squares(self, total: Tensor, basis: Tensor | None = None) -> Tensor:
         """Σ over examples of (Σ over an example's uses of a row of g)²; only rows that were used are touched."""
         rows = len(total)
         for column in range(self.columns):
-            parts = [
-                _keyed(
-                    lookup,
-                    _by_example(signals[column].to(total.dtype), self.examples),
-                    slice(None),
-                    self.examples,
-                )
-                for lookup, signals in self.lookups()
-            ]
+            parts = self._used(column)
             keys, inverse = torch.cat([k for k, _ in parts]).unique(return_inverse=True)
             sums = total.new_zeros(len(keys), self.parameter[0].numel())
-            sums.index_add_(0, inverse, torch.cat([values.flatten(1) for _, values in parts]))
+            sums.index_add_(0, inverse, torch.cat([values for _, values in parts]))
             if basis is not None:
                 sums = sums @ basis
             total.index_add_(0, keys % rows, sums.square_())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import bare, leaves
@@ -17,6 +18,7 @@ from natgrad.tape.jacobian import Outputs
 
 InOutputs = Callable[[Outputs, Outputs], Outputs]
 """H v in the outputs z: takes z, and K vectors with z's shapes after a leading axis."""
+Places = Sequence[Tensor] | Sequence[GradientEdge]
 
 
 def of_likelihood(
@@ -88,9 +90,9 @@ def of_loss(likelihood: Likelihood, targets: Any, weights: Float[Tensor, "n"] | 
 
 
 def batched_grad(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor], count: int
+    outputs: Places, inputs: Places, vectors: Sequence[Tensor], count: int
 ) -> list[Tensor | None]:
-    """The vector-Jacobian products of K vectors."""
+    """The vector-Jacobian products of K vectors; the graph is kept."""
 
     def grad(given: Sequence[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(

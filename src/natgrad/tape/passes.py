@@ -73,6 +73,14 @@ class SignalPass:
                 },
             )
 
+    def squares(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Σ of squared per-example gradients of any parameters, each in its shape."""
+        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for _, scores in self.scores(parameters):
+            for name, score in scores.items():
+                total[name] += score.square_().sum(0)
+        return total
+
 
 def _one_example_each(signal: Tensor, rows: slice, examples: int) -> Tensor:
     """Row k keeps the signal of example rows.start + k and is zero elsewhere."""

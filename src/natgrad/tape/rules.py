@@ -181,8 +181,13 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | 
     return Use(weight, bias, input, LinearGeometry()) if weight.dim() == 2 else None
 
 
+def source(tensor: Tensor) -> Tensor:
+    """What a tensor is a view of; itself if it is none."""
+    return tensor if tensor._base is None else tensor._base
+
+
 def _is_map(tensor: Any) -> bool:
-    parameter = tensor._base if tensor._base is not None else tensor
+    parameter = source(tensor)
     return tensor.dim() == 2 and isinstance(parameter, nn.Parameter) and parameter.requires_grad
 
 

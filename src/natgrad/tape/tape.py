@@ -22,10 +22,10 @@ from natgrad.tape.elements import ElementColumns
 from natgrad.tape.finite import require_finite
 from natgrad.tape.loudness import loudness, unscaled
 from natgrad.tape.records import Block, LayerRecord
-from natgrad.tape.rules import RULES, Geometry, LinearGeometry, Use
+from natgrad.tape.rules import RULES, Geometry, LinearGeometry, Use, source
 from natgrad.tape.tracking import Terminal, Tracker, UnexplainedError, tensors_in
 from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, transforms, unwrapped
-from natgrad.tape.views import edge_of, is_part, places, source
+from natgrad.tape.views import edge_of, is_part, places
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,14 @@ class _Listener(TorchFunctionMode):
     ) -> Any:
         for kind in types:
             if getattr(kind, "decomposes_torch_functions", False):
-                with self, self._tape._decomposing():  # heard are the functions that this one is made of
+                with (
+                    self,
+                    self._tape._within("_in_parts", True),
+                ):  # heard are the functions that this one is made of
                     return kind.__torch_function__(func, types, args, kwargs or {})
         parts = None if transforms() else audible_parts_of(func, args)
         if parts is not None:
-            with self, self._tape._positions_first(func in POSITIONS_FIRST):
+            with self, self._tape._within("_examples_second", func in POSITIONS_FIRST):
                 return parts(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         self._tape._heard(func, args, kwargs or {}, result)
@@ -91,8 +94,8 @@ class Tape:
         self.uncovered: dict[str, str] = {}
         self._calls: list[Call] = []
         self._tracker = Tracker(parameters)
-        self._examples_second = False
-        self._in_parts = False
+        self._examples_second = False  # whether positions come before examples in what linear maps are given
+        self._in_parts = False  # whether a function of a tensor subclass is taken apart
 
     @contextmanager
     def recording(self) -> Iterator[Tape]:
@@ -318,22 +321,14 @@ class Tape:
             self.uncovered.setdefault(name, reason)
 
     @contextmanager
-    def _positions_first(self, now: bool) -> Iterator[None]:
-        """Whether positions come before examples in what linear maps are given."""
-        before, self._examples_second = self._examples_second, now
+    def _within(self, circumstance: str, now: bool) -> Iterator[None]:
+        """Where something holds of the functions that are heard, or does not."""
+        before = getattr(self, circumstance)
+        setattr(self, circumstance, now)
         try:
             yield
         finally:
-            self._examples_second = before
-
-    @contextmanager
-    def _decomposing(self) -> Iterator[None]:
-        """While a function of a tensor subclass is taken apart."""
-        before, self._in_parts = self._in_parts, True
-        try:
-            yield
-        finally:
-            self._in_parts = before
+            setattr(self, circumstance, before)
 
     def _note(self, use: Use, result: Tensor) -> bool:
         """Makes a call of it, unless its weight is no parameter's map."""

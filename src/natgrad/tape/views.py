@@ -29,11 +29,6 @@ class Place:
     transposed: bool
 
 
-def source(tensor: Tensor) -> Tensor:
-    """What a tensor is a view of; itself if it is none."""
-    return tensor if tensor._base is None else tensor._base
-
-
 def places(use: Use, parameter: Tensor) -> Iterator[Place]:
     """The places of a call's weight in a parameter, of which it is a view: more than one only for matrices of one row.
 
