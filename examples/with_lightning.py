@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import natgrad
 from natgrad.lab import data
+from natgrad.lab.losses import compare
 
 
 class Digits(lightning.LightningModule):
@@ -55,18 +57,15 @@ class Digits(lightning.LightningModule):
 
 def main(
     epochs: int = 8, rates: tuple[str, ...] = ("1e-3", "3e-3", "1e-2", "3e-2"), plot: Path | None = None
-) -> dict[str, list[float]]:
+) -> dict[str, Sequence[float]]:
     """Trains with both optimisers; the loss of every step, by name. AdamW has the best of its rates."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     x, y = data.small_digits()
     loader = DataLoader(TensorDataset(x.float(), y), batch_size=256, shuffle=True, drop_last=True)
     runs = {name: train(loader, name, epochs) for name in ("natgrad", *rates)}
-    best = min(rates, key=lambda rate: mean_of_last(runs[rate]))
-    found = {"natgrad, no learning rate": runs["natgrad"], f"AdamW, lr={best}": runs[best]}
-    for name, losses in found.items():
-        print(f"{name:<28}loss of the last epoch: {mean_of_last(losses):.4f}")
-    if plot:
-        draw(found, plot)
+    peers = {f"AdamW, lr={rate}": runs[rate] for rate in rates}
+    found, said = compare(runs["natgrad"], peers, 7, "last epoch", plot=plot)
+    print(said)
     return found
 
 
@@ -87,28 +86,6 @@ def train(loader: DataLoader, optimizer: str, epochs: int) -> list[float]:
         )
         trainer.fit(model, loader)
     return model.losses
-
-
-def mean_of_last(losses: list[float], count: int = 7) -> float:
-    """Over the last epoch."""
-    return sum(losses[-count:]) / len(losses[-count:])
-
-
-def draw(runs: dict[str, list[float]], path: Path) -> None:
-    """The loss of every step."""
-    from matplotlib.figure import Figure
-
-    from natgrad.lab.figures import styled
-
-    with styled():
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-        axes = figure.subplots()
-        for (name, losses), colour in zip(runs.items(), ("#0072B2", "#D55E00"), strict=True):
-            axes.semilogy(range(1, len(losses) + 1), losses, color=colour, linewidth=1.6, label=name)
-        axes.set_xlabel("step")
-        axes.set_ylabel("training loss, nats")
-        axes.legend()
-        figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback
 
 import natgrad
+from natgrad.lab.losses import compare
 
 WORDS, LENGTH, STRIDES = 17, 12, 4
 
@@ -43,15 +45,12 @@ def for_causal_lm(model: torch.nn.Module, **options: Any) -> natgrad.NaturalGrad
 
 def main(
     steps: int = 100, rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), plot: Path | None = None
-) -> dict[str, list[float]]:
+) -> dict[str, Sequence[float]]:
     """Trains with both optimisers; the loss of every step, by name. AdamW has the best of its rates."""
     runs = {rate: train(steps, rate) for rate in (None, *rates)}
-    best = min(rates, key=lambda rate: mean_of_last(runs[rate]))
-    found = {"natgrad, no learning rate": runs[None], f"AdamW, lr={best:g}": runs[best]}
-    for name, losses in found.items():
-        print(f"{name:<28}loss of the last ten steps: {mean_of_last(losses):.4f}")
-    if plot:
-        draw(found, plot)
+    peers = {f"AdamW, lr={rate:g}": runs[rate] for rate in rates}
+    found, said = compare(runs[None], peers, 10, "last ten steps", unit="nats per token", plot=plot)
+    print(said)
     return found
 
 
@@ -103,28 +102,6 @@ def progressions() -> list[dict[str, Tensor]]:
     positions = torch.arange(LENGTH)
     tokens = [(a + d * positions) % WORDS for a in range(WORDS) for d in range(1, STRIDES + 1)]
     return [{"input_ids": t, "labels": torch.where(positions < 2, -100, t)} for t in tokens]
-
-
-def mean_of_last(losses: list[float], count: int = 10) -> float:
-    """Over the last steps."""
-    return sum(losses[-count:]) / len(losses[-count:])
-
-
-def draw(runs: dict[str, list[float]], path: Path) -> None:
-    """The loss of every step."""
-    from matplotlib.figure import Figure
-
-    from natgrad.lab.figures import styled
-
-    with styled():
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-        axes = figure.subplots()
-        for (name, losses), colour in zip(runs.items(), ("#0072B2", "#D55E00"), strict=True):
-            axes.semilogy(range(1, len(losses) + 1), losses, color=colour, linewidth=1.6, label=name)
-        axes.set_xlabel("step")
-        axes.set_ylabel("training loss, nats per token")
-        axes.legend()
-        figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
