@@ -45,7 +45,7 @@ def test_a_registered_problem_builds_and_has_an_error(name: str) -> None:
     first, again = problem.build(0), problem.build(0)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
     judged = problem.judge(first)
-    assert judged["excess"] > problem.target  # type: ignore[operator]
+    assert judged["excess"] > problem.target
     assert judged == problem.judge(again)
     batch = next(problem.batches(problem.examples, 0))
     assert float(problem.loss(first, None, batch).detach()) > 0
@@ -161,7 +161,7 @@ def test_a_chains_loss_is_its_energy_with_the_energys_gradient() -> None:
     assert float(loss.detach()) == pytest.approx(mean, abs=0.02)
     exact = torch.autograd.grad((2 * p * (energies - mean) * log).sum(), list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), exact):
-        assert torch.allclose(parameter.grad, gradient, atol=0.03)  # type: ignore[arg-type]
+        assert torch.allclose(parameter.grad, gradient, atol=0.03)
 
 
 def test_residuals_are_not_taken_in_batches(tmp_path: Path) -> None:
