@@ -104,7 +104,7 @@ def test_natgrad_steps_on_residuals_by_the_exact_metric_and_solves_a_regression_
 @pytest.mark.parametrize("name", ["misra1a", "thurber", "mgh09", "mgh10"])
 def test_natgrad_fits_nists_problems(name: str, tmp_path: Path) -> None:
     problem = load_problem(name)
-    Race(problem, entrants(["natgrad"], problem), tmp_path, Budget(steps=60), seeds=(1, 2)).run()
+    Race(problem, entrants(["natgrad"], problem), tmp_path, Budget(steps=30), seeds=(1, 2)).run()
     assert all(run.evaluations[-1]["excess"] < 1e-6 for run in read_race(tmp_path)[1])
 
 
