@@ -368,3 +368,19 @@ def test_it_must_have_seen_a_batch(show: Callable) -> None:
 def test_options_are_checked(options: dict) -> None:
     with pytest.raises((ConfigError, TypeCheckError)):  # under pytest, the type is checked first
         KFAC(**options)
+
+
+def test_a_damping_that_is_tried_leaves_no_trace(show: Callable) -> None:
+    model = net()
+    shown = show(KFAC(), model, nn.CrossEntropyLoss())
+    shown.observe(real(6, 2), classes(6))
+    estimate = shown.estimate
+    gradient = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    before = estimate.solve(gradient, 0.5, 1)
+    tried = estimate.attempt(gradient, 0.1, 2)
+    other = show(KFAC(), model, nn.CrossEntropyLoss())
+    other.observe(real(6, 2), classes(6))
+    expected = other.estimate.solve(gradient, 0.1, 1)
+    for name, value in estimate.solve(gradient, 0.5, 1).items():
+        torch.testing.assert_close(value, before[name])
+        torch.testing.assert_close(tried[name], expected[name])

@@ -40,3 +40,20 @@ def test_the_deep_autoencoder_leaves_its_plateau() -> None:
         x = images[:2000]
         excess = float(loss_fn(model(x), x)) - problem.floor
     assert excess < 20  # nats; Adam and SGD are above 80 here
+
+
+def test_layers_that_write_into_one_stream_do_not_drive_the_damping_up() -> None:
+    """A block-diagonal F̂ counts each alone and so expects little of the curvature along their common step: α is small,
+    and no λ cures that. It went to 1e2 here, and the loss stayed at 1.7."""
+    problem = load_problem("vit")
+    model, loss_fn = problem.build(0), problem.loss_fn
+    optimizer = natgrad.NaturalGradient(model, loss_fn, seed=0)
+    losses = []
+    for _, batch in zip(range(100), problem.batches(problem.examples_a_step, 0), strict=False):
+        optimizer.zero_grad()
+        loss = problem.loss(model, loss_fn, batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        assert optimizer.info.damping <= 1
+    assert sum(losses[-20:]) / 20 < 1.45

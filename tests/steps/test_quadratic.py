@@ -249,3 +249,12 @@ def test_the_models_error_is_its_departure_from_the_loss() -> None:
     with torch.no_grad():
         error = expansion.error(c)
     assert error == pytest.approx(after - before - expansion.local.change(c))
+
+
+def test_the_promise_is_what_the_model_can_fall_by_without_its_damping() -> None:
+    torch.manual_seed(0)
+    root, slope = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    fisher = root @ root.mT + 0.1 * torch.eye(4, dtype=torch.float64)
+    model = QuadraticModel(1.0, slope, fisher, 7.0 * torch.eye(4, dtype=torch.float64))
+    expected = 0.5 * float(slope @ torch.linalg.solve(fisher, slope))
+    assert model.promise == pytest.approx(expected, rel=1e-4)

@@ -40,11 +40,24 @@ def test_alpha_raises_the_damping_only_where_more_of_it_would_help() -> None:
     rule = LevenbergMarquardt()
     factor = rule.decay**rule.period
     assert rule.update(1.0, 1.0, Witness(0.15)) == pytest.approx(1 / factor)
-    assert rule.update(1.0, 1.0, Witness(0.05)) == pytest.approx(1 / factor**2)
+    assert rule.update(1.0, 1.0, Witness(0.05)) == pytest.approx(1 / factor)
     assert rule.update(1.0, 1.0, Witness(0.3)) == 1.0
     assert rule.update(1.0, 1.0, Witness(0.5)) == pytest.approx(factor)
     assert rule.update(1.0, 1.0, Witness(0.05, share=0.5)) == 1.0  # the step is mostly plain descent already
     assert rule.update(1.0, -1.0, Witness(0.05, share=0.5)) > 1.0  # but the loss rose
+    # Where a smaller one promises more, α is small for another reason.
+    assert rule.update(1.0, 1.0, Witness(0.15), elasticity=0.2) == pytest.approx(factor)
+    assert rule.update(1.0, 1.0, Witness(0.15), elasticity=0.01) == pytest.approx(1 / factor)
+    assert rule.update(1.0, 0.1, Witness(0.15), elasticity=0.2) == pytest.approx(1 / factor)
+    assert rule.update(1.0, 1.0, Witness(0.3), elasticity=0.2) == 1.0
+
+
+def test_a_smaller_damping_is_tried_only_where_alpha_is_small() -> None:
+    rule = LevenbergMarquardt()
+    assert rule.trial(2.0, Witness(0.15)) == pytest.approx(2.0 * rule.factor)
+    assert rule.trial(2.0, Witness(0.3)) is None
+    assert rule.trial(2.0, None) is None
+    assert damping_from(1e-3, adaptive=True).trial(1e-3, Witness(0.01)) is None
 
 
 def test_a_witness_forgets() -> None:

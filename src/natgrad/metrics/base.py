@@ -144,6 +144,10 @@ class Estimate(abc.ABC):
             NonFiniteError, NotPositiveDefiniteError: a factor can't be factorised.
         """
 
+    def attempt(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
+        """`solve` with a λ that is only tried: what is cached for the present λ stays."""
+        return self.solve(gradient, damping, step)
+
     @abc.abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Averages and caches, so that a restored run goes on bit for bit."""

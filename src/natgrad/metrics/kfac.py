@@ -96,29 +96,39 @@ class _KFACEstimate(FactorEstimate):
             raise StepError("no factor was observed yet: run a forward pass and the loss before step()")
         if self._inverting.due(step):
             self._invert(damping, step)
-        direction = self._entrywise(gradient, damping)
-        for weight, factors in self._blocks.items():
-            inverse = self._inverses[weight]
+        for weight, inverse in self._inverses.items():
             if inverse is None:
-                inverse = self._inverses[weight] = FactoredInverse(
-                    factors.space, *factors.averages(), damping, transposed=factors.block.transposed
-                )
-            given = self._padded(factors.block, gradient)
-            if given:
+                self._inverses[weight] = self._inverse(weight, damping)
+        return self._solved(gradient, damping, self._inverses)
+
+    def attempt(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
+        inverses = {weight: self._inverse(weight, damping) for weight in self._blocks}
+        return self._solved(gradient, damping, inverses)
+
+    def _solved(
+        self, gradient: Mapping[str, Tensor], damping: float, inverses: Mapping[str, FactoredInverse | None]
+    ) -> dict[str, Tensor]:
+        direction = self._entrywise(gradient, damping)
+        for weight, inverse in inverses.items():
+            given = self._padded(self._blocks[weight].block, gradient)
+            if given and inverse is not None:
                 direction |= inverse.solve(given)
         return direction
+
+    def _inverse(self, weight: str, damping: float) -> FactoredInverse:
+        factors = self._blocks[weight]
+        return FactoredInverse(
+            factors.space, *factors.averages(), damping, transposed=factors.block.transposed
+        )
 
     def _invert(self, damping: float, step: int) -> None:
         self.stages = {}
         for weight, factors in self._blocks.items():
-            A, G = factors.averages()
             inverse = self._inverses[weight]
             if inverse is None:
-                inverse = self._inverses[weight] = FactoredInverse(
-                    factors.space, A, G, damping, transposed=factors.block.transposed
-                )
+                inverse = self._inverses[weight] = self._inverse(weight, damping)
             else:
-                inverse.refresh(A, G, damping)
+                inverse.refresh(*factors.averages(), damping)
             stages = {side: s.value for side, s in inverse.stages.items() if s is not Stage.CHOLESKY}
             if stages:
                 self.stages[weight] = stages

@@ -143,7 +143,11 @@ class Curvature:
         self._noted = gradient, examples
 
     def direction(
-        self, gradient: dict[str, Tensor], damping: Mapping[str, float], step: int
+        self,
+        gradient: dict[str, Tensor],
+        damping: Mapping[str, float],
+        step: int,
+        tried: bool = False,
     ) -> dict[str, Tensor]:
         """Δ = −(F̂ + λI)⁻¹∇h, with the remainder's F̂ where no metric has one and no fallback optimiser was given.
 
@@ -151,6 +155,7 @@ class Curvature:
             gradient: ∇h by name, of the parameters that move.
             damping: λ + η by name; a solve takes the greatest of its parameters.
             step: the present step.
+            tried: whether λ is only tried, so that what is cached for the present one stays.
         """
         direction: dict[str, Tensor] = {}
         for _, estimate, tape in self.estimates:
@@ -160,7 +165,8 @@ class Curvature:
             if not own or (not covered and tape.uncovered):
                 continue
             given = {name: gradient[name] for name in covered or own}
-            solved = estimate.solve(given, max(damping[name] for name in own), step)
+            solve = estimate.attempt if tried else estimate.solve
+            solved = solve(given, max(damping[name] for name in own), step)
             for name in covered:
                 same = solved[name] is gradient[name]
                 direction[name] = -gradient[name] if same else solved[name].neg_()

@@ -124,7 +124,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
                 record |= self._grafted(self.step_size, direction, donor)
             elif direction:  # a fallback optimiser may have taken everything
                 assert isinstance(self.step_size, AdaptiveStep)
-                record |= self._adaptive(self.step_size, loss, gradient, direction)
+                record |= self._adaptive(self.step_size, loss, gradient, slope, direction)
         except NonFiniteError as error:
             self._skip(f"{error},", loss, norm)
             return returned
@@ -168,7 +168,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         return {"alpha": self.param_groups[0]["lr"], "momentum": size.betas[0]}
 
     def _adaptive(
-        self, size: AdaptiveStep, loss: float | None, gradient: Vector, direction: Vector
+        self, size: AdaptiveStep, loss: float | None, gradient: Vector, slope: Vector, direction: Vector
     ) -> dict[str, Any]:
         """θ ← θ + δ with δ = Σ_k α_k Δ_k + μδ₀, where α and μ minimise the quadratic model M."""
         previous = {n: self._at(n)[2]["last"] for n in direction if "last" in self._at(n)[2]}
@@ -189,13 +189,14 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
                 c = whole * taken
                 if size.momentum is not None and last is not None:
                     c[last] = whole[last]
+            due = self.damping_rule.due(self._step + 1)
+            elasticity = self._elasticity(basis, expansion, loss, gradient, slope) if due else None
         with self._timed("apply"):
             alphas = c[: len(parts)].tolist()
             momentum = 0.0 if last is None else float(c[last])
             update = update_of(direction, parts, alphas, momentum, self._at)
             forget(self._members.members.keys() - update.keys(), self._at)
             factors = {self._at(name)[0]["lr"] for name in update}  # the groups' lr is a factor of the step
-            due = self.damping_rule.due(self._step + 1)
             predicted, length, self._promise = None, None, None
             if len(factors) == 1:
                 c = c * min(factors)
@@ -216,8 +217,26 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             "step_norm": length,
         }
         if due and predicted is not None:
-            record |= self._measure(expansion, c, predicted)
+            record |= self._measure(expansion, c, predicted, elasticity)
         return record
+
+    def _elasticity(
+        self, basis: Basis, expansion: Expansion, loss: float | None, gradient: Vector, slope: Vector
+    ) -> float | None:
+        """How the decrease that M promises without λ grows where λ falls, if the rule wants to know."""
+        smaller = self.damping_rule.trial(self.damping, self._witness)
+        if smaller is None:
+            return None
+        try:
+            direction = self._curvature.direction(
+                slope, self._dampings(slope, smaller), self._step, tried=True
+            )
+        except (NonFiniteError, NotPositiveDefiniteError):
+            return None
+        other = Basis(direction, [list(direction)], basis.previous)
+        tried = self._expand(other, loss, gradient, smaller, expansion.probe)
+        now, then = expansion.model.promise, tried.model.promise
+        return math.log(then / now) / math.log(self.damping / smaller) if min(now, then) > 0 else None
 
     def _first_damping(self, size: AdaptiveStep, loss: float | None, gradient: Vector) -> float:
         """λ for the first step: the initial one, or a tenth or hundredth of it where the loss after it is much less."""
@@ -248,14 +267,19 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         return best
 
     def _expand(
-        self, basis: Basis, loss: float | None, gradient: Vector, damping: float | None = None
+        self,
+        basis: Basis,
+        loss: float | None,
+        gradient: Vector,
+        damping: float | None = None,
+        probe: Probe | None = None,
     ) -> Expansion:
         """M on a basis, with F from a slice of the step's batches."""
         fraction = self.step_size.fraction if isinstance(self.step_size, AdaptiveStep) else 0.25
         with self._watcher.paused():
             return expand(
                 basis,
-                Probe.of(self.model, self.likelihood, self._watcher, fraction, self._step),
+                probe or Probe.of(self.model, self.likelihood, self._watcher, fraction, self._step),
                 math.nan if loss is None else loss,
                 gradient,
                 self.damping if damping is None else damping,
@@ -270,7 +294,9 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             basis = Basis(update, [list(update)], {})
             return self._expand(basis, loss, gradient), torch.ones(1, dtype=torch.float64)
 
-    def _measure(self, expansion: Expansion, c: Tensor, predicted: float) -> dict[str, Any]:
+    def _measure(
+        self, expansion: Expansion, c: Tensor, predicted: float, elasticity: float | None = None
+    ) -> dict[str, Any]:
         """ρ = [h(θ+δ) − h(θ)] / [M(δ) − M(0)], and λ after it."""
         with self._timed("ratio"), self._watcher.paused():
             actual = predicted + expansion.error(c)
@@ -280,7 +306,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
                 "actual": None if math.isnan(actual) else actual
             }  # too small to be seen: ρ would be rounding
         ratio = actual / predicted if predicted < 0 else math.nan
-        self.damping = self.damping_rule.update(self.damping, ratio, self._witness)
+        self.damping = self.damping_rule.update(self.damping, ratio, self._witness, elasticity)
         return {"actual": actual, "rho": ratio}
 
     def _averaged(self, gradient: Vector) -> Vector:

@@ -30,14 +30,21 @@ class Damping(abc.ABC):
     def due(self, step: int) -> bool:
         """Whether the reduction ratio ρ is wanted after this step (it costs a forward pass)."""
 
+    def trial(self, damping: float, witness: Witness | None) -> float | None:
+        """A smaller λ whose promise `update` wants to know (it costs a solve and a forward pass); None for none."""
+        return None
+
     @abc.abstractmethod
-    def update(self, damping: float, ratio: float, witness: Witness | None = None) -> float:
+    def update(
+        self, damping: float, ratio: float, witness: Witness | None = None, elasticity: float | None = None
+    ) -> float:
         """λ after a step.
 
         Args:
             damping: λ.
             ratio: ρ = [h(θ+δ) − h(θ)] / [M(δ) − M(0)].
             witness: averages of α and of λ's share in the curvature, where one number describes them.
+            elasticity: e where the decrease that M promises, without λ, grows as λ⁻ᵉ; None where it is not known.
         """
 
 
@@ -51,7 +58,9 @@ class ConstantDamping(Damping):
         """Never: ρ is not needed."""
         return False
 
-    def update(self, damping: float, ratio: float, witness: Witness | None = None) -> float:
+    def update(
+        self, damping: float, ratio: float, witness: Witness | None = None, elasticity: float | None = None
+    ) -> float:
         """λ, unchanged."""
         return damping
 
@@ -62,13 +71,16 @@ class LevenbergMarquardt(Damping):
 
     ρ says whether the quadratic model can be trusted, but that model has the exact Fisher information: it stays true
     even where F̂ is wrong, because α then shrinks. α itself tells: it is Δᵀ(F̂+λI)Δ over Δᵀ(F+λI)Δ, the curvature that
-    the metric expects along Δ over the true one. Where it is small, λ has let in directions that F̂ does not know.
+    the metric expects along Δ over the true one. Where it is small, λ has let in directions that F̂ does not know, or
+    layers do the same thing, as all that write into one residual stream do: F̂ is block-diagonal and counts them each
+    alone, whatever λ. Only in the first case does a larger λ help. What a smaller one would promise tells them apart.
 
     Attributes:
         initial: λ at the start, in nats per parameter².
         decay: ω₁, what a step of good agreement leaves of λ.
         period: T₁, steps between two measurements of ρ.
         trust: (low, high): λ rises where α is below low, and falls only where it is above high.
+        worth: where α is below low, λ falls if the promised decrease grows as λ⁻ᵉ with e above this, and rises if not.
         share: α no longer raises λ where λ is more than this part of the curvature along Δ. With few examples a batch
             α is small because the next batch's gradient is another, whatever λ.
         least: λ never falls below it.
@@ -79,6 +91,7 @@ class LevenbergMarquardt(Damping):
     decay: float = 0.9  # ω₁
     period: int = 5  # T₁
     trust: tuple[float, float] = (0.2, 0.4)
+    worth: float = 0.05
     share: float = 1 / 3
     least: float = 1e-8
     greatest: float = 1e6
@@ -94,23 +107,37 @@ class LevenbergMarquardt(Damping):
         """The initial value, a tenth and a hundredth of it: λ's unit is the user's loss, so its scale is a guess."""
         return (self.initial, self.initial / 10, self.initial / 100)
 
+    @property
+    def factor(self) -> float:
+        """What a measurement of good agreement leaves of λ."""
+        return self.decay**self.period
+
     def due(self, step: int) -> bool:
         """Every `period` steps."""
         return step % self.period == 0
 
-    def update(self, damping: float, ratio: float, witness: Witness | None = None) -> float:
-        """λω where ρ > ¾ and α is large, λ/ω where ρ < ¼ or α is small, λ/ω² where α is tiny or the loss rose."""
-        factor = self.decay**self.period
+    def trial(self, damping: float, witness: Witness | None) -> float | None:
+        """The next smaller λ, where α is small."""
+        return damping * self.factor if witness is not None and witness.alpha < self.trust[0] else None
+
+    def update(
+        self, damping: float, ratio: float, witness: Witness | None = None, elasticity: float | None = None
+    ) -> float:
+        """λω where ρ > ¾ and α is large, or a smaller λ is worth it; λ/ω where ρ < ¼ or α is small, λ/ω² where the
+        loss rose.
+        """
         witness = witness or Witness(math.inf)
         low, high = self.trust
-        if witness.share > self.share:
-            low = 0.0
-        if not math.isfinite(ratio) or ratio < 0 or witness.alpha < low / 2:
-            damping = damping / factor**2
-        elif ratio < 0.25 or witness.alpha < low:
-            damping = damping / factor
+        if not math.isfinite(ratio) or ratio < 0:
+            damping = damping / self.factor**2
+        elif ratio < 0.25:
+            damping = damping / self.factor
+        elif witness.alpha < low and elasticity is not None and elasticity > self.worth:
+            damping = damping * self.factor
+        elif witness.alpha < low and witness.share <= self.share:
+            damping = damping / self.factor
         elif ratio > 0.75 and witness.alpha > high:
-            damping = damping * factor
+            damping = damping * self.factor
         return min(max(damping, self.least), self.greatest)
 
 
@@ -131,7 +158,9 @@ class NoiseFloor(Damping):
         """Never: ρ is not needed."""
         return False
 
-    def update(self, damping: float, ratio: float, witness: Witness | None = None) -> float:
+    def update(
+        self, damping: float, ratio: float, witness: Witness | None = None, elasticity: float | None = None
+    ) -> float:
         """λ, unchanged; it is found anew in each step."""
         return damping
 

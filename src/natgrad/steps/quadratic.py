@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,12 @@ class QuadraticModel:
     def curvature(self) -> Float[Tensor, "K K"]:
         """d_jᵀ (F + (λ+η)I) d_k."""
         return self.fisher + self.damping
+
+    @property
+    def promise(self) -> float:
+        """By how much M can fall without its damping, in nats."""
+        undamped = replace(self, damping=torch.zeros_like(self.damping))
+        return -undamped.change(undamped.minimise())
 
     def minimise(self, fixed: dict[int, float] | None = None) -> Float[Tensor, "K"]:
         """The coefficients that minimise M; those in `fixed` keep their value.
