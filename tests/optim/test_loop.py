@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -260,3 +262,24 @@ def test_a_batch_that_is_merely_hard_takes_nothing_back() -> None:
     run.step((20 * x, wrong))
     assert alarm.rings(run.optimizer.info.loss)
     assert not run.optimizer.info.undone
+
+
+@pytest.mark.parametrize("metric", ["kfac", "ekfac"])
+def test_with_a_learning_rate_curvature_is_looked_at_more_seldom(metric: str) -> None:
+    """Every fifth step at most where steps adapt, every twentieth where they are many and small."""
+
+    def longest(lr: float | None) -> int:
+        torch.manual_seed(0)
+        model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
+        optimizer = natgrad.NaturalGradient(model, loss_fn, metric=metric, lr=lr)
+        looked = []
+        for step in range(160):
+            optimizer.zero_grad()
+            loss_fn(model(torch.randn(64, 4)), torch.randint(3, (64,))).backward()
+            if optimizer._curvature.observed:
+                looked.append(step)
+            optimizer.step()
+        return max(b - a for a, b in itertools.pairwise(looked))
+
+    assert longest(None) == 5
+    assert longest(1e-3) == 20

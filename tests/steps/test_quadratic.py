@@ -220,6 +220,18 @@ def test_every_example_has_its_turn() -> None:
         assert seen == set(range(total))
 
 
+def test_a_slice_needs_fewer_examples_where_each_has_many_labels() -> None:
+    from natgrad.optim.model import FEWEST_EVENTS, FEWEST_EXAMPLES, _slices
+
+    def taken(targets: Tensor) -> int:
+        return sum(piece.examples for piece in _slices([Batch((targets,), {}, targets, 64)], 0.01, 0))
+
+    assert taken(torch.zeros(64, dtype=torch.long)) == FEWEST_EVENTS
+    assert taken(torch.zeros(64, 2, dtype=torch.long)) == FEWEST_EVENTS / 2
+    assert taken(torch.zeros(64, 50, dtype=torch.long)) == FEWEST_EXAMPLES
+    assert taken(torch.zeros(64, 50)) == FEWEST_EVENTS  # numbers of one example belong together
+
+
 def test_a_batch_is_cut_where_a_dimension_counts_examples() -> None:
     batch = Batch(
         (torch.arange(4), torch.zeros(8, 8)),

@@ -118,6 +118,9 @@ class Estimate(abc.ABC):
     def next_sweep(self) -> None:  # noqa: B027  most metrics have nothing to do
         """Called between two sweeps through the same data, where `sweeps` asks for more than one."""
 
+    def expect_small_steps(self) -> None:  # noqa: B027  most metrics look at every step anyway
+        """Called where a learning rate is given: periods that adapt may then grow longer."""
+
     @abc.abstractmethod
     def operator(self) -> LinearOperator:
         """F̂ on the covered parameters, without damping.

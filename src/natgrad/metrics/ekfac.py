@@ -20,7 +20,7 @@ from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_deca
 from natgrad.metrics.factorestimate import FactorEstimate
 from natgrad.metrics.factors import Factors, Sharing, check_examples, check_largest, check_sharing
 from natgrad.metrics.layers import Layer, columns_of
-from natgrad.metrics.refresh import Refresh
+from natgrad.metrics.refresh import SMALL_STEPS, Refresh
 from natgrad.metrics.squares import add_squares
 from natgrad.operators import EigenKronecker, LinearOperator
 from natgrad.tape.elements import ElementColumns
@@ -113,6 +113,9 @@ class _EKFACEstimate(FactorEstimate):
 
     def due(self, step: int) -> bool:
         return self._observing.due(step)
+
+    def expect_small_steps(self) -> None:
+        self._observing.longest = self._turning.longest = SMALL_STEPS
 
     def observe(self, observation: Observation) -> None:
         due = self._turning.due(observation.step)

@@ -19,7 +19,7 @@ from natgrad.linalg import Stage, eigendecomposition
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
 from natgrad.metrics.factorestimate import FactorEstimate
 from natgrad.metrics.factors import Factors, Sharing, check_examples, check_largest, check_sharing
-from natgrad.metrics.refresh import Refresh
+from natgrad.metrics.refresh import SMALL_STEPS, Refresh
 from natgrad.operators import EigenKronecker, FactoredInverse, Kronecker, LinearOperator
 from natgrad.tape.records import Block
 
@@ -76,6 +76,9 @@ class _KFACEstimate(FactorEstimate):
 
     def due(self, step: int) -> bool:
         return self._observing.due(step)
+
+    def expect_small_steps(self) -> None:
+        self._observing.longest = self._inverting.longest = SMALL_STEPS
 
     def observe(self, observation: Observation) -> None:
         for _ in self._feed(observation):

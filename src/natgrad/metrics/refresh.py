@@ -14,6 +14,8 @@ from natgrad.errors import ConfigError
 # doubles, above HIGH it halves. It also stays below a quarter of the average's age: what is young moves, even if the
 # noise of its first batches hides it.
 LOW, HIGH, YOUTH = 0.15, 0.4, 4
+# The longest period where steps are many and small, as with a learning rate: little moves between two looks.
+SMALL_STEPS = 20
 SAMPLE = 256
 
 
@@ -29,7 +31,7 @@ class Refresh:
         if period is not None and period < 1:
             raise ConfigError(f"a refresh period must be at least 1 step, or None to adapt it; got {period}")
         self._fixed = period
-        self._longest = longest
+        self.longest = longest
         self.period = period or 1
         self._first: int | None = None
         self._last: int | None = None
@@ -60,7 +62,7 @@ class Refresh:
             return
         age = (self._last or 0) - (self._first or 0)
         if drift < LOW:
-            self.period = max(1, min(2 * self.period, self._longest, age // YOUTH))
+            self.period = max(1, min(2 * self.period, self.longest, age // YOUTH))
         elif drift > HIGH:
             self.period = max(1, self.period // 2)
 

@@ -34,7 +34,12 @@ class Curvature:
     """
 
     def __init__(
-        self, members: Membership, likelihood: Likelihood, seed: int, fallback: Fallback | None
+        self,
+        members: Membership,
+        likelihood: Likelihood,
+        seed: int,
+        fallback: Fallback | None,
+        small_steps: bool = False,
     ) -> None:
         self._members, self._likelihood, self._fallback = members, likelihood, fallback
         first = next(iter(members.parameters.values()))
@@ -42,6 +47,9 @@ class Curvature:
         self.estimates: list[tuple[Metric, Estimate, Tape]] = [
             (metric, metric.start(parameters), Tape(parameters)) for metric, parameters in members.by_metric()
         ]
+        if small_steps:
+            for _, estimate, _ in self.estimates:
+                estimate.expect_small_steps()
         self.tapes = [tape for _, estimate, tape in self.estimates if estimate.kind is not None]
         self.measures = any(not isinstance(metric, Euclidean) for metric, _, _ in self.estimates)
         self.remainder = Remainder()

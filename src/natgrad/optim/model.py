@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,9 @@ from natgrad.optim.watcher import Watcher
 from natgrad.steps import QuadraticModel
 from natgrad.tape import Batch, evaluate, jacobian_products
 
-# A slice has at least so many examples: F of fewer is mostly noise, and batch normalisation needs two.
-FEWEST = 32
+# A slice has at least so many events, such as labelled images or tokens: F of fewer is mostly noise. Events of an
+# example are much alike, and batch normalisation needs two, so it has at least so many examples too.
+FEWEST_EVENTS, FEWEST_EXAMPLES = 32, 8
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,9 @@ def _fisher_gram(
 def _slices(batches: Sequence[Batch], fraction: float, turn: int) -> list[Batch]:
     """A slice of the concatenated micro-batches, as one piece of each that it touches."""
     total = sum(batch.examples for batch in batches)
-    size = min(total, max(FEWEST, round(fraction * total)))
+    labels = sum(_labels(batch) for batch in batches)
+    fewest = max(FEWEST_EXAMPLES, math.ceil(FEWEST_EVENTS * total / max(labels, 1)))
+    size = min(total, max(fewest, round(fraction * total)))
     start = min(turn % -(-total // size) * size, total - size)  # windows side by side; the last may overlap
     pieces, offset = [], 0
     for batch in batches:
@@ -206,3 +210,10 @@ def _slices(batches: Sequence[Batch], fraction: float, turn: int) -> list[Batch]
             pieces.append(batch.slice(low, high) if (low, high) != (0, batch.examples) else batch)
         offset += batch.examples
     return pieces
+
+
+def _labels(batch: Batch) -> int:
+    """How many labels a batch has: several an example where each token has one, else an example is an event."""
+    targets = batch.targets
+    several = isinstance(targets, Tensor) and not targets.is_floating_point()
+    return max(batch.examples, targets.numel()) if several else batch.examples

@@ -128,11 +128,14 @@ class Plumbing(torch.optim.Optimizer):
             raise ConfigError("Grafted leaves no step to measure: give a number as damping beside it")
         if isinstance(self.step_size, TrustRegion):
             self._check_trust_region(fallback)
-        default_lr = self.step_size.lr if isinstance(self.step_size, (FixedStep, Grafted)) else 1.0
+        small_steps = False
+        default_lr = 1.0
+        if isinstance(self.step_size, (FixedStep, Grafted)):
+            small_steps, default_lr = True, self.step_size.lr
         self._built = False
         super().__init__(self._members.groups, {"lr": default_lr})
         self._built = True
-        self._curvature = Curvature(self._members, self.likelihood, seed, fallback)
+        self._curvature = Curvature(self._members, self.likelihood, seed, fallback, small_steps)
         self._watcher = Watcher(
             model,
             likelihood if isinstance(likelihood, nn.Module) else None,
