@@ -372,13 +372,12 @@ def _reshaping(returned: Outputs, outputs: Outputs) -> Callable[[Outputs], Outpu
     ):
         tail = outputs[0].shape[1:]
         return lambda found: (found[0].reshape(-1, *tail),)
-    raise_shape = [tuple(z.shape) for z in outputs]
+    given, returned_shapes = ([tuple(z.shape) for z in some] for some in (outputs, returned))
 
-    def refuse(found: Outputs) -> Outputs:
+    def refuse(_: Outputs) -> Outputs:
         raise OutputError(
-            f"the loss was given {raise_shape}, which is not what the model returned, "
-            f"{[tuple(z.shape) for z in found]}; say how the one follows from the other with "
-            "outputs=lambda returned: ..., or give lr="
+            f"the loss was given {given}, which is not what the model returned, {returned_shapes}; "
+            "say how the one follows from the other with outputs=lambda returned: ..., or give lr="
         )
 
     return refuse
