@@ -26,6 +26,7 @@ from natgrad.metrics import Estimate, Metric, Observation, metric_from
 from natgrad.metrics.base import Kind, check_kind
 from natgrad.operators import LinearOperator, ParameterSpace
 from natgrad.tape import Tape
+from natgrad.tape.axes import settle
 from natgrad.tape.output_curvature import of_likelihood, of_signals
 from natgrad.tape.outputs import signal_passes
 from natgrad.tape.passes import SignalPass
@@ -142,6 +143,8 @@ class _Surveyor:
             )
 
     def _see(self, sight: Sight) -> None:
+        survey = self._survey
+        settle([self._tape], survey.model, sight.batch, sight.outputs, survey.find_outputs, sight.rng_state)
         self._tape.resolve(sight.batch.examples)
         if self._estimate is None and self._rest is None:
             self._begin()

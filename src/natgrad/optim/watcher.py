@@ -23,6 +23,7 @@ from natgrad.likelihoods import HeteroscedasticGaussian, Likelihood
 from natgrad.likelihoods.base import bare
 from natgrad.optim.hooks import Hook
 from natgrad.tape import Batch, Tape, evaluate
+from natgrad.tape.axes import settle
 from natgrad.tape.outputs import count_examples, find_outputs
 from natgrad.tape.plain import original, plain_pass, within_compiled
 from natgrad.tape.tape import Call, Recording
@@ -318,6 +319,10 @@ class Watcher:
         for tape, recording in zip(self._tapes, forward.recordings, strict=True):
             tape.put(recording)
         try:
+            with self.paused():
+                settle(
+                    self._tapes, self._model, self.batches[-1], outputs, self.find_outputs, forward.rng_state
+                )
             self._observed(outputs, targets, examples)
         finally:
             for tape in self._tapes:

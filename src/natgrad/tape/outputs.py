@@ -36,12 +36,29 @@ def find_outputs(returned: Any, find: Callable[[Any], Any] | None, asker: str) -
 
 
 def count_examples(args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Outputs) -> int:
-    """How many examples a batch holds: the first dimension of the model's first tensor, if the outputs agree."""
+    """How many examples a batch holds: the first dimension of the model's first tensor, if the outputs agree.
+
+    Raises:
+        OutputError: the outputs have as many, but along another axis.
+    """
     rows = outputs[0].shape[0] if outputs[0].dim() else 1
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] and rows % value.shape[0] == 0:
-            return value.shape[0]
+    given = [
+        v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() and v.shape[0]
+    ]
+    for examples in given:
+        if rows % examples == 0:
+            return examples
+    if given and given[0] in outputs[0].shape[1:-1]:
+        raise examples_not_first(outputs[0], given[0])
     return max(rows, 1)
+
+
+def examples_not_first(outputs: Tensor, examples: int) -> OutputError:
+    """The error about outputs of which another axis holds the examples."""
+    return OutputError(
+        f"the batch holds {examples} examples (the first axis of the model's input), but they are not first in the "
+        f"outputs {tuple(outputs.shape)}; let the model return them first, such as by outputs.transpose(0, 1)"
+    )
 
 
 def signal_passes(

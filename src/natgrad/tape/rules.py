@@ -57,6 +57,7 @@ class LinearGeometry(Geometry):
     Attributes:
         columns: vectors are columns: y = W x.
         examples_second: a position comes first, and then an example, as in recurrent networks and attention.
+        before: how many positions come before an example, where `tape.axes` found it out.
     """
 
     name: str = "linear"
@@ -64,15 +65,17 @@ class LinearGeometry(Geometry):
     beside: tuple[int, int] = (0, 0)
     columns: bool = False
     examples_second: bool = False
+    before: int | None = None
 
     def inputs(self, raw: Tensor, examples: int) -> Float[Tensor, "batch shared f"]:
         x = raw.mT if self.columns and raw.dim() > 1 else raw
-        if not self.examples_second:
+        if self.before is None and not self.examples_second:
             return _by_example(x, examples)
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) % examples:  # not the batch
             return rows[None]
-        return rows.view(-1, examples, x.shape[-1]).transpose(0, 1)
+        before = len(rows) // examples if self.before is None else self.before
+        return rows.view(before, examples, -1, x.shape[-1]).transpose(0, 1).flatten(1, 2)
 
     def signals(self, raw: Tensor, examples: int) -> Float[Tensor, "batch shared f"]:
         return _widened(self.inputs(raw, examples), self.beside)

@@ -84,6 +84,8 @@ class Tape:
         blocks: weight name → `Block`, for every block seen so far; it only grows.
         elements: parameter name → the function by which it acted entry by entry, or was looked up; it only grows.
         uncovered: parameter name → the function that used it outside any rule.
+        calls: of linear maps in the recorded pass.
+        axes: where `tape.axes` found examples in earlier passes.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -92,7 +94,8 @@ class Tape:
         self.blocks: dict[str, Block] = {}
         self.elements: dict[str, str] = {}
         self.uncovered: dict[str, str] = {}
-        self._calls: list[Call] = []
+        self.calls: list[Call] = []
+        self.axes: dict[Any, Any] = {}
         self._tracker = Tracker(parameters)
         self._examples_second = False  # whether positions come before examples in what linear maps are given
         self._in_parts = False  # whether a function of a tensor subclass is taken apart
@@ -126,7 +129,7 @@ class Tape:
         """
         self.resolve(examples)
         wanted = self.blocks.keys() if names is None else set(names)
-        calls = [call for call in self._calls if call.block.weight in wanted]
+        calls = [call for call in self.calls if call.block.weight in wanted]
         found = self._sent_back(
             outputs, [signals], [call.edge for call in calls], sum(call.nbytes for call in calls)
         )
@@ -158,7 +161,7 @@ class Tape:
             What every call of a linear map was sent, and every parameter that acted entry by entry or was looked up.
         """
         wanted = self._parameters.keys() if names is None else set(names)
-        calls = [call for call in self._calls if call.block.weight in wanted]
+        calls = [call for call in self.calls if call.block.weight in wanted]
         ends = {name: ends for name, ends in self.resolve(examples).items() if name in wanted}
         flat = [(name, end) for name, own in ends.items() for end in own]
         edges = [call.edge for call in calls] + [end.edge for _, end in flat]
@@ -243,26 +246,30 @@ class Tape:
 
     def loudness(self, signals: Sequence[Sequence[Tensor]]) -> float:
         """What signals are to be multiplied with on their way through the recorded pass; 1 except through float16."""
-        return loudness(signals) if any(call.half for call in self._calls) else 1.0
+        return loudness(signals) if any(call.half for call in self.calls) else 1.0
 
     @property
     def column_bytes(self) -> int:
         """What the signals of one backward pass take in memory."""
-        return sum(call.nbytes for call in self._calls)
+        return sum(call.nbytes for call in self.calls)
 
     def take(self) -> Recording:
         """Hands the recorded pass over, so that the next one can be recorded before this one is read."""
-        taken = Recording(self._calls, self._tracker)
+        taken = Recording(self.calls, self._tracker)
         self.clear()
         return taken
 
     def put(self, taken: Recording) -> None:
         """Makes a pass that was taken the present one again."""
-        self._calls, self._tracker = taken.calls, taken.tracker
+        self.calls, self._tracker = taken.calls, taken.tracker
 
     def clear(self) -> None:
         """Drops the recorded pass, and with it its graph."""
-        self._calls, self._tracker = [], Tracker(self._parameters)
+        self.calls, self._tracker = [], Tracker(self._parameters)
+
+    def twin(self) -> Tape:
+        """A tape of the same parameters, on which nothing was recorded."""
+        return Tape(self._parameters)
 
     def covers(self, name: str) -> bool:
         """Whether curvature of a parameter is complete: it acted, and only by rules."""
@@ -363,7 +370,7 @@ class Tape:
             geometry = use.geometry.within(place.start, outputs - place.start - rows)
             if self._examples_second and isinstance(geometry, LinearGeometry):
                 geometry = replace(geometry, examples_second=True)
-            self._calls.append(
+            self.calls.append(
                 Call(
                     known,
                     geometry,

@@ -175,9 +175,14 @@ class Terminal:
         return "expand" if self.use is None else self.use.function
 
     @property
+    def shape(self) -> torch.Size:
+        """A signal's shape there."""
+        return self.track.tensor.shape if self.use is None else self.use.shape
+
+    @property
     def numel(self) -> int:
         """How many numbers a signal has there."""
-        return self.track.tensor.numel() if self.use is None else self.use.shape.numel()
+        return self.shape.numel()
 
 
 class Tracker:

@@ -1,0 +1,172 @@
+"""Which axis holds the examples: rows are an example's wherever positions stand, or an error says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from natgrad.errors import OutputError
+from natgrad.tape import Tape
+from natgrad.tape.axes import Axis, candidates
+from oracle import fisher as oracle
+
+DTYPE = torch.float64
+MSE = nn.MSELoss()
+
+
+class Stack(nn.Module):
+    """Linear layers over tokens, which are given to the model as [N, T, 3]."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+        self.drop = nn.Dropout(0.5 if how == "dropout" else 0.0)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        N, T = x.shape[:2]
+        if self.how == "batch-first":
+            return self.tokens(x)
+        if self.how == "flattened":
+            return self.tokens(x.flatten(0, 1)).unflatten(0, (N, T))
+        if self.how == "flattened-positions-first":
+            return self.tokens(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (T, N)).transpose(0, 1)
+        if self.how == "stacked":
+            return self.tokens(torch.stack(list(x.unbind(1)))).transpose(0, 1)
+        if self.how == "concatenated":
+            return torch.stack(self.tokens(torch.cat(list(x.unbind(1)))).chunk(T), 1)
+        if self.how == "examples-third":
+            return self.tokens(x.permute(1, 0, 2)[None]).squeeze(0).transpose(0, 1)
+        if self.how == "first-layer":
+            return self.c(torch.tanh(self.b(torch.tanh(self.a(x.transpose(0, 1))).transpose(0, 1))))
+        if self.how == "norm":
+            z = self.norm(self.a(x.transpose(0, 1)).permute(1, 2, 0)).transpose(1, 2)
+            return self.c(z)
+        found = self.tokens(x.transpose(0, 1))
+        return found if self.how == "outputs-too" else found.transpose(0, 1)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.c(torch.tanh(self.b(self.drop(torch.tanh(self.a(x))))))
+
+
+SIZES = {"equal": (3, 3), "twice": (2, 4), "half": (4, 2), "coprime": (3, 4)}  # (N, T)
+RIGHT = (
+    "batch-first", "flattened", "flattened-positions-first", "stacked", "concatenated", "examples-third",
+    "first-layer", "positions-first",
+)  # fmt: skip
+
+
+def problem(how: str, sizes: tuple[int, int]) -> tuple[Stack, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = Stack(how).to(DTYPE)
+    return model, torch.randn(*sizes, 3, dtype=DTYPE), torch.randn(*sizes, 2, dtype=DTYPE)
+
+
+def acting(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters() if not name.startswith("norm")]
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("how", RIGHT)
+@pytest.mark.parametrize("metric", ["dense", "exact"])
+def test_rows_are_an_examples_wherever_positions_stand(metric: str, how: str, sizes: tuple[int, int]) -> None:
+    model, x, y = problem(how, sizes)
+    del model.norm
+    expected = oracle.empirical(model, MSE, x, y)
+    found = natgrad.fisher(model, MSE, (x, y), metric, "empirical")
+    torch.testing.assert_close(found.to_dense(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["ekfac", "kfac", "block", "diagonal"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_positions_first_and_examples_first_are_one_model_to_the_optimiser(
+    metric: str, sizes: tuple[int, int]
+) -> None:
+    ends = []
+    for how in ("batch-first", "positions-first"):
+        model, x, y = problem(how, sizes)
+        del model.norm
+        optimiser = natgrad.NaturalGradient(model, MSE, lr=0.1, metric=metric, damping=1e-2)
+        for _ in range(2):
+            optimiser.zero_grad()
+            MSE(model(x), y).backward()
+            optimiser.step()
+        ends.append(oracle.parameters(model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_outputs_with_positions_first_are_refused_before_a_parameter_moves(sizes: tuple[int, int]) -> None:
+    model, x, y = problem("outputs-too", sizes)
+    del model.norm
+    before = oracle.parameters(model).clone()
+    optimiser = natgrad.NaturalGradient(model, MSE, lr=0.1, metric="exact")
+    with pytest.raises(OutputError, match="transpose"):
+        MSE(model(x), y.transpose(0, 1)).backward()
+        optimiser.step()
+    assert torch.equal(oracle.parameters(model), before)
+    with pytest.raises(OutputError, match="transpose"):
+        natgrad.fisher(model, MSE, [(x, y.transpose(0, 1))], "exact", "empirical")
+
+
+def test_an_ordinary_model_is_run_once_more_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    for shape, runs in (((4, 3), 1), ((4, 3, 3), 1), ((2, 4, 3), 3)):
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).to(DTYPE)
+        calls: list[int] = []
+        model[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        x = torch.randn(*shape, dtype=DTYPE)
+        optimiser = natgrad.NaturalGradient(model, MSE, lr=0.1, metric="kfac")
+        for _ in range(3):
+            optimiser.zero_grad()
+            MSE(model(x), torch.zeros(*shape[:-1], 2, dtype=DTYPE)).backward()
+            optimiser.step()
+        assert len(calls) == 2 + runs, shape
+
+
+def test_dropout_and_a_mask_as_long_as_the_batch_hide_nothing() -> None:
+    model, x, y = problem("dropout", (3, 3))
+    del model.norm
+    model.train()
+    optimiser = natgrad.NaturalGradient(model, MSE, lr=0.1, metric="exact")
+    MSE(model(x), y).backward()
+    optimiser.step()
+    assert model.training
+    assert "no axis" not in str(optimiser.coverage())
+
+
+def test_a_layer_of_what_all_examples_share_is_not_taken_for_the_batchs() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map, self.table = nn.Linear(3, 2), torch.randn(4, 3, dtype=DTYPE)
+
+        def forward(self, x: Tensor) -> Tensor:  # [2, 4, 2]
+            return x * torch.tanh(self.map(self.table))
+
+    torch.manual_seed(0)
+    model, x = Queries().to(DTYPE), torch.randn(2, 4, 2, dtype=DTYPE)
+    y = torch.randn_like(x)
+    expected = oracle.empirical(model, MSE, x, y)
+    found = natgrad.fisher(model, MSE, (x, y), "dense", "empirical").to_dense()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_candidates_are_axes_that_examples_divide() -> None:
+    assert candidates((4, 3), 4) == [Axis(0)]
+    assert candidates((8, 3), 4) == [Axis(0), Axis(0, True)]
+    assert candidates((4, 4), 4) == [Axis(0), Axis(1)]
+    assert candidates((3, 5), 4) == []
+
+
+def test_a_twin_of_a_tape_hears_the_same_parameters() -> None:
+    model = nn.Linear(3, 2)
+    tape = Tape(dict(model.named_parameters()))
+    build: Callable[[], Tape] = tape.twin
+    with build().recording() as twin:
+        model(torch.ones(1, 3))
+    assert [call.block.weight for call in twin.calls] == ["weight"]
