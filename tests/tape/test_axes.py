@@ -156,6 +156,32 @@ def test_a_layer_of_what_all_examples_share_is_not_taken_for_the_batchs() -> Non
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+class Words(nn.Module):
+    """A time-first transformer's layer, of which nothing but lookups, norms and attention says where examples are."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.table, self.place = nn.Embedding(7, 4), nn.Parameter(torch.randn(8, 1, 4))
+        self.layer = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0) if whole else nn.LayerNorm(4)
+
+    def forward(self, words: Tensor) -> Tensor:  # [N, T]
+        x = self.table(words.t())
+        return self.layer(x + self.place[: len(x)]).mean(0)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_acts_entry_by_entry_on_positions_first_is_not_taken_for_examples(
+    whole: bool, sizes: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    model, words = Words(whole).to(DTYPE), torch.randint(7, sizes)
+    y = torch.randn(len(words), 4, dtype=DTYPE)
+    expected = oracle.empirical(model, MSE, words, y)
+    found = natgrad.fisher(model, MSE, (words, y), "dense", "empirical").to_dense()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_candidates_are_axes_that_examples_divide() -> None:
     assert candidates((4, 3), 4) == [Axis(0)]
     assert candidates((8, 3), 4) == [Axis(0), Axis(0, True)]

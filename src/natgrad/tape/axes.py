@@ -1,4 +1,4 @@
-"""Which axis of a layer's input holds the examples, where its shape doesn't say.
+"""Which axis of a layer's input, or of what acts entry by entry, holds the examples, where its shape doesn't say.
 
 The model's inputs have examples first. A layer may be given positions first, [T, N, E], or both flattened together,
 and where T is a multiple of N no shape tells these from [N, T, E]. Then the model is run twice more, without dropout,
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +23,12 @@ from natgrad.tape.jacobian import Batch, Outputs, evaluate
 from natgrad.tape.outputs import examples_not_first
 from natgrad.tape.rules import LinearGeometry
 from natgrad.tape.tape import Call, Tape
+from natgrad.tape.tracking import Terminal
 
 # An axis is found where what is left of the change is so small a part of it (squared); rounding leaves far less.
 _EXPLAINED = 1e-2
+# What is the same for all examples, such as a branch that starts from zero, is looked at so often.
+TRIES = 3
 UNKNOWN = "a linear map of which no axis follows the examples"
 
 
@@ -53,7 +56,7 @@ class Axis:
 
 FIRST = Axis(0)
 UNDECIDED = Axis(-1)  # the same for all examples
-Place = tuple[str, int]  # a weight, and the how-manieth of its uses
+Place = tuple[str, str, int]  # a parameter, how it acted, and the how-manieth time
 Found = dict[Place, Axis | None]  # where the examples of a call are; None if nowhere
 
 
@@ -76,7 +79,8 @@ def settle(
 ) -> None:
     """Sees that the recorded linear maps are read along the axis that holds the examples.
 
-    A parameter for which there is no such axis is listed as uncovered.
+    A parameter for which there is no such axis is listed as uncovered; so is one that acted entry by entry where
+    examples are not first.
 
     Args:
         tapes: each with a recorded pass.
@@ -90,57 +94,76 @@ def settle(
         OutputError: the outputs have positions before examples.
     """
     examples = batch.examples
-    waiting = [{place: call for place, call in _places(tape) if _open(call, examples)} for tape in tapes]
-    if examples == 1 or not (any(waiting) or any(z.dim() and len(z) != examples for z in outputs)):
+    if examples == 1:
+        return
+    waiting = [
+        {place: met for place, met in _places(tape, examples) if met.is_open(examples)} for tape in tapes
+    ]
+    if not (any(waiting) or any(z.dim() and len(z) != examples for z in outputs)):
         return
     known = [_known(tape, own, examples) for tape, own in zip(tapes, waiting, strict=True)]
     if any(axes is None for axes in known):
-        probe = _Probe(model, batch, find_outputs, rng_state)
-        known = _probed(tapes, waiting, probe)
+        known = _probed(tapes, waiting, _Probe(model, batch, find_outputs, rng_state))
     for tape, own, axes in zip(tapes, waiting, known, strict=True):
         assert axes is not None
         _apply(tape, own, axes, examples)
 
 
-def _key(own: Mapping[Place, Call]) -> tuple[Any, ...]:
+@dataclass(frozen=True)
+class _Met:
+    """Where parameters met the batch: in a linear map, or entry by entry.
+
+    Attributes:
+        act: the call, or where signals are read.
+        shape: of a linear map's input, vectors last; of a result.
+        axes: how many axes may hold examples.
+        value: that tensor, where it is kept.
+    """
+
+    act: Call | Terminal
+    shape: torch.Size
+    axes: int
+    value: Tensor | None
+
+    @property
+    def sizes(self) -> torch.Size:
+        return self.shape[: self.axes]
+
+    def is_open(self, examples: int) -> bool:
+        """Whether the shape leaves open where examples are."""
+        geometry = self.act.geometry if isinstance(self.act, Call) else None
+        known = isinstance(geometry, LinearGeometry) and geometry.examples_second
+        return not known and candidates(self.sizes, examples) not in ([], [FIRST])
+
+
+def _places(tape: Tape, examples: int) -> Iterator[tuple[Place, _Met]]:
+    counts: dict[str, int] = {}
+    for call in tape.calls:
+        name, x, geometry = call.block.weight, call.raw_inputs, call.geometry
+        counts[name] = counts.get(name, -1) + 1
+        if isinstance(geometry, LinearGeometry):
+            x = x.mT if geometry.columns and x.dim() > 1 else x
+            yield (name, "map", counts[name]), _Met(call, x.shape, x.dim() - 1, x)
+        else:
+            yield (name, "map", counts[name]), _Met(call, x.shape, 0 if geometry.unbatched(x) else 1, x)
+    for name, ends in tape.resolve(examples).items():
+        for k, end in enumerate(ends):
+            if end.use is not None:  # else it is the same for all examples, and has a row for each
+                yield (name, "entries", k), _Met(end, end.shape, len(end.shape) - 1, end.use.value)
+
+
+def _key(own: Mapping[Place, _Met]) -> tuple[Any, ...]:
     """What tells one way through the model from another: which axis is which is a matter of its code, not of sizes."""
-    return tuple((*place, call.raw_inputs.dim()) for place, call in own.items())
+    return tuple((*place, len(met.shape)) for place, met in own.items())
 
 
-def _known(tape: Tape, own: Mapping[Place, Call], examples: int) -> Found | None:
+def _known(tape: Tape, own: Mapping[Place, _Met], examples: int) -> Found | None:
     """What was found of the same calls in an earlier pass."""
     axes: Found | None = tape.axes.get(_key(own))
     fits = axes is not None and all(
-        axes[place] in (None, *candidates(_sizes(call), examples)) for place, call in own.items()
+        axes[place] in (None, *candidates(met.sizes, examples)) for place, met in own.items()
     )
     return axes if fits else None
-
-
-def _places(tape: Tape) -> Iterator[tuple[Place, Call]]:
-    """Each call by its weight, and the how-manieth use of it this is."""
-    counts: dict[str, int] = {}
-    for call in tape.calls:
-        name = call.block.weight
-        counts[name] = counts.get(name, -1) + 1
-        yield (name, counts[name]), call
-
-
-def _rows(call: Call) -> tuple[Tensor, int]:
-    """A call's input with its vectors last, and how many axes come before these."""
-    x, geometry = call.raw_inputs, call.geometry
-    if isinstance(geometry, LinearGeometry):
-        return (x.mT if geometry.columns and x.dim() > 1 else x), x.dim() - 1
-    return x, 0 if geometry.unbatched(x) else 1
-
-
-def _sizes(call: Call) -> torch.Size:
-    x, axes = _rows(call)
-    return x.shape[:axes]
-
-
-def _open(call: Call, examples: int) -> bool:
-    known = isinstance(call.geometry, LinearGeometry) and call.geometry.examples_second
-    return not known and candidates(_sizes(call), examples) not in ([], [FIRST])
 
 
 @dataclass(frozen=True)
@@ -163,29 +186,29 @@ class _Probe:
         args, kwargs = tree_unflatten(leaves, spec)
         return replace(self, batch=replace(self.batch, args=args, kwargs=kwargs))
 
-    def run(self, tapes: Sequence[Tape]) -> tuple[list[dict[Place, Tensor]], Outputs]:
+    def run(self, tapes: Sequence[Tape]) -> tuple[list[dict[Place, Tensor | None]], Outputs]:
         """What each call is given, by its place, and the outputs; in evaluation mode."""
         twins = [tape.twin() for tape in tapes]
         modes = [(module, module.training) for module in self.model.modules()]
         try:
             self.model.eval()
+            outputs: Outputs = ()
             with torch.enable_grad(), ExitStack() as stack:
                 for twin in twins:
                     stack.enter_context(twin.recording())
-                (returned,) = evaluate(self.model, {}, self.batch, lambda found: (found,), self.rng_state)
+                stack.enter_context(
+                    suppress(OutputError)
+                )  # the loss was given something else than was returned
+                outputs = evaluate(self.model, {}, self.batch, self.find_outputs, self.rng_state)
         finally:
             for module, training in modes:
                 module.training = training
-        given = [{place: _rows(call)[0] for place, call in _places(twin)} for twin in twins]
-        try:
-            outputs = tuple(z.detach() for z in self.find_outputs(returned))
-        except OutputError:  # the loss was given something else: what the model returned says nothing of it
-            outputs = ()
-        return given, outputs
+        given = [{place: met.value for place, met in _places(twin, self.batch.examples)} for twin in twins]
+        return given, tuple(z.detach() for z in outputs)
 
 
 def _probed(
-    tapes: Sequence[Tape], waiting: Sequence[Mapping[Place, Call]], probe: _Probe
+    tapes: Sequence[Tape], waiting: Sequence[Mapping[Place, _Met]], probe: _Probe
 ) -> list[Found | None]:
     """Where examples are in the calls of each tape, kept where it is certain."""
     examples = probe.batch.examples
@@ -199,22 +222,25 @@ def _probed(
             raise examples_not_first(a, examples)
     result: list[Found | None] = []
     for tape, own, x, y in zip(tapes, waiting, before, after, strict=True):
-        found = {
-            place: _axis(x[place], y[place], range(len(_sizes(call))), examples)
-            if place in x and place in y and x[place].shape == y[place].shape == _rows(call)[0].shape
-            else None
-            for place, call in own.items()
-        }
+        found = {place: _between(x.get(place), y.get(place), met, examples) for place, met in own.items()}
         certain = {place: axis for place, axis in found.items() if axis is not UNDECIDED}
-        shapes = {_sizes(own[place]): axis for place, axis in certain.items() if axis is not None}
+        alike = {own[place].sizes: axis for place, axis in certain.items() if axis is not None}
         axes = {
-            place: shapes.get(_sizes(own[place]), FIRST) if axis is UNDECIDED else axis
+            place: alike.get(own[place].sizes, FIRST) if axis is UNDECIDED else axis
             for place, axis in found.items()
         }
-        if len(certain) == len(found):
+        tries = tape.axes.setdefault(("tries", *_key(own)), [])
+        tries.append(axes)
+        if len(certain) == len(found) or len(tries) == TRIES:
             tape.axes[_key(own)] = axes
         result.append(axes)
     return result
+
+
+def _between(x: Tensor | None, y: Tensor | None, met: _Met, examples: int) -> Axis | None:
+    if x is None or y is None or not x.shape == y.shape == met.shape:  # evaluation mode goes another way
+        return None
+    return _axis(x, y, range(met.axes), examples)
 
 
 def _axis(x: Tensor, y: Tensor, axes: range, examples: int) -> Axis | None:
@@ -227,25 +253,24 @@ def _axis(x: Tensor, y: Tensor, axes: range, examples: int) -> Axis | None:
         return UNDECIDED if still else None
     left = {axis: float((y - axis.rolled(x, examples)).square().sum()) for axis in possible}
     best = min(left, key=left.__getitem__, default=None)
-    return best if best is not None and left[best] <= _EXPLAINED * scale else None
+    rest = [value for axis, value in left.items() if axis is not best]
+    # Noise of the model's own stays where it was; it leaves the right axis ahead of others all the same.
+    ahead = best is not None and left[best] <= max(_EXPLAINED * scale, 0.9 * min(rest, default=0.0))
+    return best if ahead else None
 
 
-def _apply(tape: Tape, own: Mapping[Place, Call], axes: Found, examples: int) -> None:
-    """Has each call read along its axis; what acts entry by entry is known only where examples are first."""
+def _apply(tape: Tape, own: Mapping[Place, _Met], axes: Found, examples: int) -> None:
+    """Has each map read along its axis; what acts entry by entry is known only where examples are first."""
     changed: dict[int, Call] = {}
-    for place, call in own.items():
-        axis, geometry = axes[place], call.geometry
-        if axis is not None and isinstance(geometry, LinearGeometry):
-            sizes = _sizes(call)
-            changed[id(call)] = replace(call, geometry=replace(geometry, before=axis.before(sizes, examples)))
+    for place, met in own.items():
+        axis, act = axes[place], met.act
+        if isinstance(act, Terminal):
+            if axis != FIRST:
+                tape.uncovered.setdefault(place[0], f"{act.function} where examples are not first")
+        elif axis is not None and isinstance(act.geometry, LinearGeometry):
+            before = axis.before(met.sizes, examples)
+            changed[id(act)] = replace(act, geometry=replace(act.geometry, before=before))
         elif axis != FIRST:
-            axis = None
-        if axis is None:
-            for name in call.block.names:
+            for name in act.block.names:
                 tape.uncovered.setdefault(name, UNKNOWN)
     tape.calls[:] = [changed.get(id(call), call) for call in tape.calls]
-    if all(axis == FIRST for axis in axes.values()):
-        return
-    for name, ends in tape.resolve(examples).items():
-        if any(candidates(end.shape[:-1], examples) != [FIRST] for end in ends):
-            tape.uncovered.setdefault(name, f"{ends[0].function} where examples are not first")

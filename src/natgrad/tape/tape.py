@@ -79,6 +79,7 @@ class Tape:
 
     Args:
         parameters: name → parameter; only these are followed.
+        keeps: whether results of what acts entry by entry are kept, too.
 
     Attributes:
         blocks: weight name → `Block`, for every block seen so far; it only grows.
@@ -88,7 +89,7 @@ class Tape:
         axes: where `tape.axes` found examples in earlier passes.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], keeps: bool = False) -> None:
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameters = dict(parameters)
         self.blocks: dict[str, Block] = {}
@@ -96,7 +97,7 @@ class Tape:
         self.uncovered: dict[str, str] = {}
         self.calls: list[Call] = []
         self.axes: dict[Any, Any] = {}
-        self._tracker = Tracker(parameters)
+        self._keeps, self._tracker = keeps, Tracker(parameters, keeps)
         self._examples_second = False  # whether positions come before examples in what linear maps are given
         self._in_parts = False  # whether a function of a tensor subclass is taken apart
 
@@ -265,11 +266,11 @@ class Tape:
 
     def clear(self) -> None:
         """Drops the recorded pass, and with it its graph."""
-        self.calls, self._tracker = [], Tracker(self._parameters)
+        self.calls, self._tracker = [], Tracker(self._parameters, self._keeps)
 
     def twin(self) -> Tape:
-        """A tape of the same parameters, on which nothing was recorded."""
-        return Tape(self._parameters)
+        """A tape of the same parameters that keeps results, on which nothing was recorded."""
+        return Tape(self._parameters, keeps=True)
 
     def covers(self, name: str) -> bool:
         """Whether curvature of a parameter is complete: it acted, and only by rules."""

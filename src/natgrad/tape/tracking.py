@@ -126,6 +126,7 @@ class Used:
         aligned: the shape in which it broadcasts to the result.
         lookup: what was looked up in it; None elsewhere.
         results: the result, or results, where they are followed in their turn.
+        value: the result, where the tracker keeps it.
     """
 
     function: str
@@ -135,6 +136,7 @@ class Used:
     aligned: tuple[int, ...] = ()
     lookup: Lookup | None = None
     results: tuple[Track, ...] = ()
+    value: Tensor | None = None
 
     @property
     def broadcast(self) -> bool:
@@ -190,9 +192,11 @@ class Tracker:
 
     Args:
         parameters: name → parameter.
+        keeps: whether results are kept.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], keeps: bool = False) -> None:
+        self._keeps = keeps
         self._parameters = dict(parameters)
         self._tracks: dict[int, Track] = {}
         self._ids = {id(p) for p in parameters.values()}
@@ -238,6 +242,7 @@ class Tracker:
         for track in tracks:
             operand = operands.get(id(track.tensor))
             used = Used(name, made[0].shape, edges[0], results=derived)
+            used.value = made[0].detach() if self._keeps else None
             if operand is not None and _count(args, kwargs, track.tensor) == 1:
                 shape = tuple(track.tensor.shape) if operand.aligned is None else operand.aligned
                 used.aligned = (1,) * (made[0].dim() - len(shape)) + shape
