@@ -46,6 +46,7 @@ from natgrad.metrics import (
     Metric,
     Rectangular,
     Sketched,
+    Tempered,
 )
 from natgrad.operators import LinearOperator, ParameterSpace, load_operator
 from natgrad.optim import Coverage, NaturalGradient, StepInfo, policy, reconfigure
@@ -120,6 +121,7 @@ __all__ = [
     "StepError",
     "StepInfo",
     "TargetError",
+    "Tempered",
     "TrustRegion",
     "UnknownNameError",
     "UnsupportedLossError",

@@ -130,6 +130,24 @@ def test_steps_from_what_a_user_gives() -> None:
     assert step_size_from(size, None) is size
 
 
+def test_a_tempered_metric_has_steps_and_damping_of_its_own() -> None:
+    assert step_size_from(None, None, tempered=True) == AdaptiveStep.tempered()
+    assert AdaptiveStep.tempered(0.5).momentum == 0.5
+    assert step_size_from(0.1, None, tempered=True) == FixedStep(0.1)
+    assert damping_from(None, True, tempered=True) == ConstantDamping(1e-6)
+    assert damping_from(0.1, True, tempered=True) == ConstantDamping(0.1)
+
+
+def test_what_the_next_batch_confirms_is_not_ruled_by_one_tiny_promise() -> None:
+    steady = Confirmation()
+    for _ in range(20):
+        steady = steady.after(Promise(slope=-1.0, curvature=0.0, taken=1.0), slope=-0.1)
+    assert steady.ratio == pytest.approx(0.1)
+    odd = steady.after(Promise(slope=-1e-9, curvature=0.0, taken=1.0), slope=-0.1)
+    assert odd.ratio <= 0.1 + 0.1 * (1 - 0.1) + 1e-12
+    assert steady.after(Promise(slope=-1e-9, curvature=0.0, taken=1.0), slope=0.1).ratio < 0.1
+
+
 def one_direction(slope: float, curvature: float) -> QuadraticModel:
     return QuadraticModel(
         1.0,

@@ -12,6 +12,7 @@ import copy
 import math
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from natgrad.lab.peers import Entrant, neighbour, share_of_rate, unavailable
 from natgrad.lab.plan import Budget, Leg
 from natgrad.lab.problem import Problem, Task
 from natgrad.lab.runs import Record, RunFolder, read_race, write_json
+from natgrad.optim import NaturalGradient
 
 _CHECKPOINT_EVERY = 15.0  # seconds of wall time
 _OF_INFO = ("damping", "alpha", "momentum", "rho")  # λ, α, μ, ρ of `optimizer.info`
@@ -240,7 +242,7 @@ def _train(problem: Task, leg: Leg, folder: RunFolder, budget: Budget, state: Re
     folder.begin(checkpoint)
     view.start(leg, budget.spent(state["step"], state["seconds"]))
     if checkpoint is None:
-        _evaluate(problem, twin, model, folder, state, view, leg, 0.0)
+        _evaluate(problem, twin, model, optimizer, folder, state, view, leg, 0.0)
     saved = time.perf_counter()
     rate = leg.entrant.rate
     for batch in problem.batches(folder.config["batch_size"], leg.seed, state["step"]):
@@ -266,7 +268,7 @@ def _train(problem: Task, leg: Leg, folder: RunFolder, budget: Budget, state: Re
         spent = budget.spent(state["step"], state["seconds"])
         view.progress(leg, {**record, "excess": _shown(problem, state, value), "each": seconds}, spent)
         if budget.evaluates(state["step"]) or spent >= 1:
-            _evaluate(problem, twin, model, folder, state, view, leg, spent)
+            _evaluate(problem, twin, model, optimizer, folder, state, view, leg, spent)
         if time.perf_counter() - saved > _CHECKPOINT_EVERY:
             folder.save_checkpoint(
                 {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -326,13 +328,17 @@ def _evaluate(
     problem: Task,
     twin: nn.Module,
     model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     folder: RunFolder,
     state: Record,
     view: View,
     leg: Leg,
     spent: float,
 ) -> None:
-    twin.load_state_dict(model.state_dict())
+    natural = optimizer if isinstance(optimizer, NaturalGradient) and optimizer.averages else None
+    shown = nullcontext() if natural is None else natural.averaged()
+    with shown:  # what a user is told to evaluate
+        twin.load_state_dict(model.state_dict())
     measured = problem.judge(twin)
     state["excess"] = measured["excess"]
     record = {"kind": "evaluation", "step": state["step"], "seconds": state["seconds"], **measured}

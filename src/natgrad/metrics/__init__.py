@@ -14,6 +14,7 @@ from natgrad.metrics.matrixfree import MatrixFree
 from natgrad.metrics.named import metric_from
 from natgrad.metrics.rectangular import Rectangular
 from natgrad.metrics.sketched import Sketched
+from natgrad.metrics.tempered import Tempered
 
 __all__ = [
     "EKFAC",
@@ -32,5 +33,6 @@ __all__ = [
     "Observation",
     "Rectangular",
     "Sketched",
+    "Tempered",
     "metric_from",
 ]

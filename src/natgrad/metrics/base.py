@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -72,6 +73,11 @@ class Metric(abc.ABC):
     A metric is immutable and may be shared by several optimisers; what a run estimates lives in `Estimate`.
     """
 
+    @property
+    def tempered(self) -> bool:
+        """Whether Δ = −(F̂ + λI)⁻ᵖ ∇h with p < 1, so that it is no natural gradient but lies before it."""
+        return False
+
     @abc.abstractmethod
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
         """A fresh estimate for these parameters.
@@ -133,6 +139,8 @@ class Estimate(abc.ABC):
     def solve(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
         """(F̂ + λI)⁻¹ ∇h on the covered parameters, with cached factorisations refreshed when they are due.
 
+        Where the metric is `tempered` it is (F̂ + λI)⁻ᵖ ∇h.
+
         Args:
             gradient: ∇h by name. Covered parameters that are left out don't move; a representation that can restricts
                 F̂ to those that do.
@@ -146,6 +154,15 @@ class Estimate(abc.ABC):
             StepError: nothing was observed yet.
             NonFiniteError, NotPositiveDefiniteError: a factor can't be factorised.
         """
+
+    def squared_length(self, direction: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> float:
+        """An upper bound of Δᵀ F̂ Δ for Δ = −`solve`(∇h).
+
+        Args:
+            direction: Δ of covered parameters, by name.
+            gradient: ∇h.
+        """
+        return -sum(float(torch.dot(gradient[n].reshape(-1), d.reshape(-1))) for n, d in direction.items())
 
     def attempt(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
         """`solve` with a λ that is only tried: what is cached for the present λ stays."""
@@ -186,3 +203,9 @@ def check_decay(decay: float) -> None:
     """Raises ConfigError unless 0 ≤ ε < 1."""
     if not 0.0 <= decay < 1.0:
         raise ConfigError(f"decay={decay} must lie in [0, 1)")
+
+
+def check_power(power: float) -> None:
+    """Raises ConfigError unless 0 ≤ p ≤ 1."""
+    if not 0.0 <= power <= 1.0:
+        raise ConfigError(f"power={power} must lie in [0, 1]: 1 for the natural gradient, 0 for the gradient")

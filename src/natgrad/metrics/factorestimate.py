@@ -125,10 +125,12 @@ class FactorEstimate(Estimate):
             for name in block.names
         }
 
-    def _entrywise(self, gradient: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        """(F̂ + λ)⁻¹ ∇h of the parameters that have the diagonal."""
+    def _entrywise(
+        self, gradient: Mapping[str, Tensor], damping: float, power: float = 1.0
+    ) -> dict[str, Tensor]:
+        """(F̂ + λ)⁻ᵖ ∇h of the parameters that have the diagonal."""
         return {
-            name: gradient[name] / value.add_(damping)
+            name: gradient[name] / value.add_(damping).pow_(power)
             for name, value in self._squares.averages().items()
             if name in gradient
         }

@@ -16,6 +16,7 @@ from natgrad.metrics.lowrank import LowRank
 from natgrad.metrics.matrixfree import MatrixFree
 from natgrad.metrics.rectangular import Rectangular
 from natgrad.metrics.sketched import Sketched
+from natgrad.metrics.tempered import Tempered
 
 METRICS: dict[str, type[Metric]] = {
     "block": Block,
@@ -30,6 +31,7 @@ METRICS: dict[str, type[Metric]] = {
     "matrixfree": MatrixFree,
     "rectangular": Rectangular,
     "sketched": Sketched,
+    "tempered": Tempered,
 }
 
 

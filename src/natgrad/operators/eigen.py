@@ -16,7 +16,13 @@ from torch import Tensor
 from natgrad.errors import ConfigError
 from natgrad.linalg import kronecker_dense, kronecker_matmul
 from natgrad.operators.base import LinearOperator
-from natgrad.operators.checks import check_room, pseudo_inverse, require_definite, standard_normal
+from natgrad.operators.checks import (
+    check_room,
+    check_scalar,
+    pseudo_inverse,
+    require_definite,
+    standard_normal,
+)
 from natgrad.operators.dense import Dense
 from natgrad.operators.diagonal import Diagonal
 from natgrad.operators.factored import LinearMap
@@ -74,6 +80,21 @@ class EigenKronecker(LinearOperator):
                     f"{name} is {own.dtype} on {own.device}, the eigenvalues {self.dtype} on {self.device}; convert one"
                 )
         self._map.check_bias()
+
+    def power(self, exponent: float, damping: float = 0.0) -> EigenKronecker:
+        """The operator (A + λI)^exponent; with −1 it is A's damped inverse, with −½ its root.
+
+        Args:
+            exponent: any real number; where it is negative, A + λI must be definite.
+            damping: λ ≥ 0.
+
+        Raises:
+            ConfigError: λ is negative or not finite.
+            NotPositiveDefiniteError: A is singular, λ is 0, and the exponent is negative.
+        """
+        check_scalar("damping", damping)
+        values = self._definite(damping) if exponent < 0 else self.values + damping
+        return dataclasses.replace(self, values=values.pow(exponent))
 
     @functools.cached_property
     def _map(self) -> LinearMap:

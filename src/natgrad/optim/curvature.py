@@ -187,6 +187,15 @@ class Curvature:
             self.add_fallback([name for name in left if name not in known])
         return {name: direction[name] for name in gradient if name in direction}
 
+    def squared_length(self, direction: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> float:
+        """An upper bound of Δᵀ F̂ Δ over all that a metric measures."""
+        total = 0.0
+        for _, estimate, _ in self.estimates:
+            own = {n: direction[n] for n in estimate.parameters if n in direction and estimate.covers(n)}
+            if own and estimate.kind is not None:
+                total += estimate.squared_length(own, gradient)
+        return total
+
     def _of_remainder(
         self, gradient: Mapping[str, Tensor], damping: Mapping[str, float]
     ) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.errors import NonFiniteError, NotPositiveDefiniteError
+from natgrad.errors import NonFiniteError, NotPositiveDefiniteError, StepError
 from natgrad.likelihoods import Residuals
 from natgrad.optim.evaluation import (
     dot,
@@ -43,7 +43,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         params: parameters or groups of them; all trainable ones by default. A group may have its own ``lr`` (a factor
             of α where steps are adaptive), ``weight_decay``, ``metric`` and ``frozen``.
         metric: the representation of F: ``"kfac"``, ``"diagonal"``, ``"dense"``, ``"euclidean"``, or an object such
-            as ``natgrad.KFAC(kind="exact")``.
+            as ``natgrad.KFAC(kind="exact")``. ``"tempered"`` for classifiers and language models on mini-batches.
         lr: a fixed α, None to adapt it, `natgrad.Grafted("adam", lr)` for steps as long as Adam's, or
             `natgrad.TrustRegion()` for the steps of a policy (see `natgrad.policy`).
         momentum: a fixed μ; by default adapted with α, and 0 where lr is given.
@@ -86,6 +86,10 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         check_policy_call(self.step_size)
         if isinstance(self.likelihood, Residuals):
             return self._step_on_residuals(closure)
+        if self._away:
+            raise StepError(
+                "step() inside optimizer.averaged(): the parameters there are for evaluation only"
+            )
         self._seconds = {}
         with self._timed("evaluate"):
             returned = self._evaluate(closure)
@@ -104,6 +108,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
                 self._undo(loss, norm)
                 return returned
             self._alarm = self._alarm.after(level)
+        self._join_average()
         record: dict[str, Any] = {"loss": loss, "damping": self.damping, "grad_norm": norm}
         try:
             with self._timed("solve"):
@@ -139,10 +144,9 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         scale = 1.0
         if self._curvature.measures:
             fastest = max(group["lr"] for group in self.param_groups)
-            measured = [n for n in direction if self._curvature.measured(n)]
-            decrease = -dot({n: gradient[n] for n in measured}, direction)
-            require_finite_direction(decrease)
-            scale = size.scale(fastest, decrease)
+            length = self._curvature.squared_length(direction, gradient)
+            require_finite_direction(length)
+            scale = size.scale(fastest, length)
         if scale != 1.0:
             direction = {n: d if self._curvature.euclidean(n) else d * scale for n, d in direction.items()}
         velocity = velocity_of(direction, size.momentum, self._at)
@@ -174,15 +178,17 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         previous = {n: self._at(n)[2]["last"] for n in direction if "last" in self._at(n)[2]}
         coarse = self._step < size.coarse
         parts = self._curvature.parts(direction, size.groups if coarse else 1)
-        basis = Basis(direction, parts, previous)
+        # With μ = 0 only the slope along δ₀ is of use, and that needs no product with F.
+        basis = Basis(direction, parts, {} if size.momentum == 0.0 else previous)
         with self._timed("model"):
             expansion = self._expand(basis, loss, gradient)
             model = expansion.model
             require_finite_direction(float(model.linear.sum() + model.curvature.sum()))
             usual = None if coarse or self._witness is None else self._witness.alpha
             last = basis.previous_index
-            if last is not None and self._promise is not None:
-                self._confirmation = self._confirmation.after(self._promise, float(model.linear[last]))
+            if previous and self._promise is not None:
+                slope_after = dot(previous, gradient) if last is None else float(model.linear[last])
+                self._confirmation = self._confirmation.after(self._promise, slope_after)
             c = whole = size.coefficients(model, last, usual, self._unit())
             taken = size.relaxation(self._step, self._confirmation.ratio)
             if taken < 1.0:

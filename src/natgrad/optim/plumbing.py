@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import ConfigError, NonFiniteError
+from natgrad.errors import ConfigError, NonFiniteError, StepError
 from natgrad.likelihoods import Likelihood, Residuals, likelihood_from
-from natgrad.metrics import Metric
+from natgrad.metrics import Metric, metric_from
+from natgrad.optim.averaging import exchanged, join, weight_of
 from natgrad.optim.coverage import Coverage
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.evaluation import loss_of, not_finite, penalty_of
@@ -90,12 +91,15 @@ class Plumbing(torch.optim.Optimizer):
             raise ConfigError(f"on_nonfinite must be 'raise' or 'skip', not {on_nonfinite!r}")
         self.likelihood = Residuals() if likelihood is None else likelihood_from(likelihood)
         on_residuals = isinstance(self.likelihood, Residuals)
+        tempered = metric_from(metric).tempered
         self.step_size: StepSize | ResidualStep | None = (
-            residual_step_from(lr, momentum) if on_residuals else step_size_from(lr, momentum)
+            residual_step_from(lr, momentum) if on_residuals else step_size_from(lr, momentum, tempered)
         )
         # ρ needs the loss, so it needs the targets, or residuals.
         measurable = isinstance(likelihood, nn.Module) or on_residuals or targets is not None
-        self.damping_rule = damping_from(damping, isinstance(self.step_size, AdaptiveStep) and measurable)
+        self.damping_rule = damping_from(
+            damping, isinstance(self.step_size, AdaptiveStep) and measurable, tempered
+        )
         if not measurable and not isinstance(self.damping_rule, ConstantDamping):
             raise ConfigError(
                 "this damping needs the loss at the new parameters, which a likelihood alone does not tell; pass the "
@@ -133,6 +137,7 @@ class Plumbing(torch.optim.Optimizer):
         if isinstance(self.step_size, (FixedStep, Grafted)):
             small_steps, default_lr = True, self.step_size.lr
         self._built = False
+        self._away = False
         super().__init__(self._members.groups, {"lr": default_lr})
         self._built = True
         self._curvature = Curvature(self._members, self.likelihood, seed, fallback, small_steps)
@@ -166,6 +171,42 @@ class Plumbing(torch.optim.Optimizer):
     def coverage(self) -> Coverage:
         """Which rule covers which parameter; complete after the first forward pass and loss."""
         return self._curvature.coverage()
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the iterates is kept: where steps are adaptive and a loss is trained."""
+        return isinstance(self.step_size, AdaptiveStep) and self.step_size.average is not None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """``with optimizer.averaged():`` evaluates or saves the model at the average of its iterates.
+
+        The parameters are θ̄ inside, and θ again after it. Buffers, such as the running statistics of
+        `nn.BatchNorm2d`, are the last step's in both. See `natgrad.optim.averaging` for the average.
+
+        Raises:
+            StepError: no average is kept, or `step` is called inside.
+        """
+        size = self.step_size
+        if not isinstance(size, AdaptiveStep) or size.average is None:
+            raise StepError(
+                "no average is kept: it goes with adaptive steps on a loss (lr=None); with a learning rate of your own "
+                "use a schedule, or torch.optim.swa_utils.AveragedModel"
+            )
+        if self._away:
+            raise StepError("the parameters are the average already")
+        self._away = True
+        try:
+            with exchanged(list(self._members.members), self._at, weight_of(self._step, size.average)):
+                yield
+        finally:
+            self._away = False
+
+    def _join_average(self) -> None:
+        """The present θ joins the average, now that its loss has been seen."""
+        size = self.step_size
+        if isinstance(size, AdaptiveStep) and size.average is not None:
+            join(self._members.members, self._at, weight_of(self._step, size.average))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of torch's optimisers, and under "natgrad" λ, the averages and the generator."""

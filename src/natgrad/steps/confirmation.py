@@ -55,7 +55,8 @@ class Confirmation:
         if not promise.slope < 0:
             return self
         keep = min(KEEP, 1.0 - 1.0 / (self.count + 1))
-        kept = (slope - promise.curvature) / promise.slope
+        # Where a batch promised next to nothing the quotient has no bound; what lies beyond ±1 is noise.
+        kept = min(1.0, max(-1.0, (slope - promise.curvature) / promise.slope))
         return Confirmation(
             keep * self.kept + (1.0 - keep) * kept,
             keep * self.promised + (1.0 - keep) * promise.taken,

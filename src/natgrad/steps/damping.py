@@ -175,10 +175,15 @@ class NoiseFloor(Damping):
         return self.initial * rows * torch.finfo(dtype).eps * largest
 
 
-def damping_from(damping: float | Damping | None, adaptive: bool) -> Damping:
-    """A strategy from what the user gave; by default Levenberg–Marquardt where steps are adaptive, else constant."""
+def damping_from(damping: float | Damping | None, adaptive: bool, tempered: bool = False) -> Damping:
+    """A strategy from what the user gave; by default Levenberg–Marquardt where steps are adaptive, else constant.
+
+    A tempered metric needs no λ but against rounding: its power already holds low curvature back.
+    """
     if isinstance(damping, Damping):
         return damping
+    if damping is None and tempered:
+        return ConstantDamping(1e-6)
     if damping is None:
         return LevenbergMarquardt() if adaptive else ConstantDamping()
     if not isinstance(damping, (int, float)):

@@ -46,16 +46,16 @@ class FixedStep:
         if self.kl_clip is not None and not self.kl_clip > 0:
             raise ConfigError(f"kl_clip={self.kl_clip} must be positive, or None for no bound")
 
-    def scale(self, lr: float, decrease: float) -> float:
+    def scale(self, lr: float, length: float) -> float:
         """What the direction is multiplied by so that ½ lr² Δᵀ F̂ Δ ≤ κ.
 
         Args:
             lr: the group's present learning rate.
-            decrease: −∇hᵀΔ = Δᵀ(F̂ + λI)Δ, an upper bound of Δᵀ F̂ Δ that costs nothing.
+            length: an upper bound of Δᵀ F̂ Δ, such as −∇hᵀΔ = Δᵀ(F̂ + λI)Δ, which costs nothing.
         """
-        if self.kl_clip is None or decrease <= 0:
+        if self.kl_clip is None or length <= 0:
             return 1.0
-        divergence = 0.5 * lr**2 * decrease
+        divergence = 0.5 * lr**2 * length
         return min(1.0, math.sqrt(self.kl_clip / divergence)) if divergence > 0 else 1.0
 
 
@@ -86,6 +86,8 @@ class AdaptiveStep:
         fraction: the part of each batch on which F's products are taken.
         calm: from step `calm` on, the part of a step that is taken may fall as √(calm/t); None to take steps whole.
         growth: α is at most this multiple of its running average.
+        average: γ of the average of iterates that `optimizer.averaged()` shows: iterate t counts about as tᵞ. None to
+            keep none.
     """
 
     momentum: float | None = None
@@ -96,6 +98,7 @@ class AdaptiveStep:
     fraction: float = 0.1
     calm: int | None = 40
     growth: float = 1.3
+    average: float | None = 8.0
 
     def __post_init__(self) -> None:
         if self.momentum is not None and not 0 <= self.momentum < 1:
@@ -110,6 +113,17 @@ class AdaptiveStep:
             raise ConfigError(f"calm={self.calm} must be at least 1 step, or None")
         if self.groups < 1:
             raise ConfigError(f"groups={self.groups} must be at least 1")
+        if self.average is not None and not self.average >= 0:
+            raise ConfigError(f"average={self.average} must be at least 0, or None to keep none")
+
+    @classmethod
+    def tempered(cls, momentum: float | None = None) -> AdaptiveStep:
+        """Steps for a metric whose Δ is tempered: all from one α, averaged from the start, and soon relaxed.
+
+        Such a Δ is right layer by layer to a power only, so that a coarse space over layers would mislead; and it is
+        for batches so noisy that the model would use μ to undo the averaging of gradients.
+        """
+        return cls(momentum or 0.0, settle=0, coarse=0, calm=5)
 
     def keep(self, step: int) -> float:
         """β in this step: 0 until the loss has settled, then an equal-weighted mean that becomes an exponential one."""
@@ -167,14 +181,14 @@ def believable(model: QuadraticModel, c: Float[Tensor, "K"], unit: float = 1.0) 
 StepSize: TypeAlias = FixedStep | AdaptiveStep | Grafted | TrustRegion
 
 
-def step_size_from(lr: object, momentum: float | None) -> StepSize:
-    """A strategy from what the user gave as `lr` and `momentum`."""
+def step_size_from(lr: object, momentum: float | None, tempered: bool = False) -> StepSize:
+    """A strategy from what the user gave as `lr` and `momentum`, for a metric that is `tempered` or not."""
     if isinstance(lr, StepSize):
         if momentum is not None:
             raise ConfigError("give momentum to the step size object, not beside it")
         return lr
     if lr is None:
-        return AdaptiveStep(momentum)
+        return AdaptiveStep.tempered(momentum) if tempered else AdaptiveStep(momentum)
     if isinstance(lr, bool) or not isinstance(lr, (int, float)):
         raise ConfigError(f"lr must be a number, None, or a natgrad step size, not {lr!r}")
     return FixedStep(float(lr), momentum or 0.0)

@@ -1,0 +1,26 @@
+"""EKFAC as it suits many noisy steps: between the gradient and the natural gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from natgrad.metrics.base import Kind
+from natgrad.metrics.ekfac import EKFAC
+
+
+@dataclass(frozen=True)
+class Tempered(EKFAC):
+    """Δ = −(F̂ + λI)^(−2/3) ∇h with EKFAC's basis, and the second moments of real gradients in it.
+
+    Where a batch tells little of each direction, the natural gradient spends its steps on noise: it takes directions
+    of low curvature, where a gradient is mostly chance, as far as those of high curvature. A power p < 1 takes them
+    less far (Amari et al. 2021, arXiv 2006.10732, where p = ½ to 1 generalises best under label noise). Real gradients
+    bound the step: a gradient that is an average of those in F̂ cannot be much larger than its root.
+
+    With it the optimiser's own step size is `AdaptiveStep.tempered()` and its λ is 1e-6, where the user gives none.
+    For classifiers and language models on mini-batches; where a loss is to be driven down with large batches
+    or residuals, ``"kfac"`` and ``"exact"`` are better by far.
+    """
+
+    kind: Kind = "empirical"
+    power: float = 2 / 3

@@ -1,0 +1,59 @@
+"""An average of the iterates θ_t, in which the noise of the last steps cancels.
+
+Steps that find their own length don't know when training will end, so that no schedule takes their noise away. The
+polynomial-decay average (Shamir & Zhang 2013, arXiv 1212.1824, eq. 7), θ̄ ← θ̄ + (γ+1)/(t+γ+1) (θ_t − θ̄), does so at
+every moment: it counts θ_t about as tᵞ, so that the beginning is soon forgotten. Martens & Grosse (2015,
+arXiv 1503.05671, §13) evaluate an average, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from natgrad.optim.moves import At
+
+
+def weight_of(step: int, order: float) -> float:
+    """What θ_t counts when it joins the average: (γ+1)/(t+γ+1).
+
+    Args:
+        step: t, from 0.
+        order: γ.
+    """
+    return (order + 1.0) / (step + order + 1.0)
+
+
+def join(names: Iterable[str], at: At, weight: float) -> None:
+    """θ̄ ← θ̄ + w(θ − θ̄), kept in the state; θ itself where there is none yet."""
+    for name in names:
+        _, p, state = at(name)
+        if "average" in state:
+            state["average"].lerp_(p, weight)
+        else:
+            state["average"] = p.detach().clone()
+
+
+@contextmanager
+def exchanged(names: Sequence[str], at: At, weight: float) -> Iterator[None]:
+    """Gives every parameter its average, with the present θ in it, and θ back at the end.
+
+    Args:
+        names: of the parameters.
+        at: where they and their averages are.
+        weight: what θ counts.
+    """
+    kept = {name: at(name)[1].detach().clone() for name in names}
+    try:
+        with torch.no_grad():
+            for name in names:
+                _, p, state = at(name)
+                if "average" in state:
+                    p.copy_(torch.lerp(state["average"], p, weight))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in kept.items():
+                at(name)[1].copy_(value)

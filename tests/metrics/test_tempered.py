@@ -1,0 +1,126 @@
+"""EKFAC with a power: Δ = −(F̂ + λI)⁻ᵖ ∇h, between the gradient and the natural gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from natgrad import EKFAC, ConfigError, Tempered
+from natgrad.steps import AdaptiveStep, ConstantDamping
+
+DTYPE = torch.float64
+CE = nn.CrossEntropyLoss()
+
+
+def net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)).to(DTYPE)
+
+
+def data(n: int = 12) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(1)
+    return torch.randn(n, 2, dtype=DTYPE, generator=source), torch.randint(3, (n,), generator=source)
+
+
+def power_of(F: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(F)
+    return (vectors * values.pow(exponent)) @ vectors.T
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    source = torch.Generator().manual_seed(2)
+    return {n: torch.randn(p.shape, dtype=DTYPE, generator=source) for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 2 / 3, 1.0])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_it_solves_with_a_power_of_the_operator(power: float, kind: str, show: Callable) -> None:
+    """Linear maps in their eigenbasis, a normalisation's scale and shift entry by entry."""
+    model = net()
+    shown = show(EKFAC(kind=kind, power=power), model, CE)
+    shown.observe(*data())
+    operator, gradient, damping = shown.estimate.operator(), gradients(model), 0.01
+    solved = shown.estimate.solve(gradient, damping, 0)
+    F = operator.to_dense() + damping * torch.eye(operator.space.numel, dtype=DTYPE)
+    expected = power_of(F, -power) @ operator.space.flatten(gradient)
+    torch.testing.assert_close(operator.space.flatten(solved), expected)
+
+
+@pytest.mark.parametrize("power", [0.3, 2 / 3, 1.0])
+def test_its_squared_length_bounds_the_fisher_norm(power: float, show: Callable) -> None:
+    model = net()
+    shown = show(EKFAC(kind="exact", power=power), model, CE)
+    shown.observe(*data())
+    operator, gradient, damping = shown.estimate.operator(), gradients(model), 0.01
+    direction = {n: -d for n, d in shown.estimate.solve(gradient, damping, 0).items()}
+    flat = operator.space.flatten(direction)
+    length = flat @ operator.to_dense() @ flat
+    bound = shown.estimate.squared_length(direction, gradient)
+    assert bound >= length * (1 - 1e-9)
+    if power < 1:
+        assert bound == pytest.approx(float(length))
+    some = {n: d for n, d in direction.items() if n != "0.bias"}
+    assert shown.estimate.squared_length(some, gradient) > 0
+
+
+def test_the_kl_clip_holds_for_every_power() -> None:
+    x, y = data(40)
+    for power in (0.5, 1.0):
+        model = net()
+        optimizer = natgrad.NaturalGradient(
+            model, CE, metric=EKFAC(kind="exact", power=power), lr=natgrad.FixedStep(50.0, kl_clip=1e-4)
+        )
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        CE(model(x), y).backward()
+        optimizer.step()
+        moved = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+        operator = optimizer._curvature.estimates[0][1].operator()
+        assert 0.5 * float(operator.inner(moved, moved)) <= 1e-4 * (1 + 1e-9)
+
+
+def test_what_it_brings_along() -> None:
+    model = net()
+    optimizer = natgrad.NaturalGradient(model, nn.CrossEntropyLoss(), metric="tempered")
+    assert optimizer.step_size == AdaptiveStep.tempered() == AdaptiveStep(0.0, settle=0, coarse=0, calm=5)
+    assert optimizer.damping_rule == ConstantDamping(1e-6)
+    assert Tempered() == Tempered(kind="empirical", power=2 / 3)
+    assert Tempered().tempered
+    assert EKFAC(power=0.5).tempered
+    assert not EKFAC().tempered
+    own = natgrad.NaturalGradient(
+        net(), nn.CrossEntropyLoss(), metric="tempered", lr=AdaptiveStep(), damping=0.1
+    )
+    assert own.step_size == AdaptiveStep()
+    assert own.damping == 0.1
+
+
+@pytest.mark.parametrize("power", [-0.1, 1.1, float("nan")])
+def test_a_power_beyond_the_two_ends_is_refused(power: float) -> None:
+    with pytest.raises(ConfigError, match="power"):
+        EKFAC(power=power)
+
+
+def test_a_step_minimises_the_model_along_its_direction() -> None:
+    """α = −∇hᵀΔ / Δᵀ(F+λI)Δ with the F of the batch, Δ from the definition; then the part that is taken."""
+    x, y = data(30)
+    model = net()
+    size = AdaptiveStep(0.0, settle=0, coarse=0, calm=None, fraction=1.0)
+    optimizer = natgrad.NaturalGradient(
+        model, CE, metric=EKFAC(kind="exact", power=0.5), lr=size, damping=1e-3
+    )
+    before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+    F = natgrad.fisher(model, CE, [(x, y)], metric="dense", kind="exact").to_dense()
+    ekfac = natgrad.fisher(model, CE, [(x, y)], metric="ekfac", kind="exact").to_dense()
+    CE(model(x), y).backward()
+    g = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    eye = 1e-3 * torch.eye(len(g), dtype=DTYPE)
+    direction = -power_of(ekfac + eye, -0.5) @ g
+    alpha = -(g @ direction) / (direction @ (F + eye) @ direction)
+    optimizer.step()
+    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    torch.testing.assert_close(after - before, alpha * direction, rtol=1e-5, atol=1e-9)
