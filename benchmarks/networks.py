@@ -7,9 +7,10 @@
 
 A race is `natgrad race`: for each of three seeds all start from the same weights and see the same batches; SGD with
 Nesterov momentum, AdamW, Muon and SOAP each try at least five rates on the first seed and keep the best, under one
-schedule (a linear rise, then a cosine to zero); natgrad has its defaults on every problem. The target of a problem is
-the training loss that the best peer ends with. Runs are kept under races/networks/PROBLEM, so that a race that was
-interrupted goes on where it stopped; --anew drops natgrad's runs alone, after it has changed.
+schedule (a linear rise, then a cosine to zero); natgrad has metric="tempered" on every problem, and no other setting.
+The target of a problem is the training loss that the best peer ends with. Runs are kept under races/networks/PROBLEM,
+so that a race that was interrupted goes on where it stopped; --anew drops natgrad's runs alone, after it has changed.
+--known takes the peers' rates from the results at hand instead of searching again.
 
 Results go to benchmarks/results/networks-<problem>.json, networks-steptime.json and networks-memory.json: every run of
 every optimiser, the lost ones too.
@@ -54,7 +55,7 @@ STEPTIME_GOAL, MEMORY_GOAL = {"chars": 1.25, "vit": 1.25, "resnet": 1.5}, 2.5
 # ---------------------------------------------------------------------------------------------------- races
 
 
-def race(names: Sequence[str], ours: str, folder: Path, anew: bool, smoke: bool) -> None:
+def race(names: Sequence[str], ours: str, folder: Path, anew: bool, known: bool, smoke: bool) -> None:
     """Races on each problem; writes what came of it."""
     for name in names:
         say(f"── race {name}")
@@ -72,11 +73,22 @@ def race(names: Sequence[str], ours: str, folder: Path, anew: bool, smoke: bool)
             for run in (place / "runs").glob("natgrad*"):
                 shutil.rmtree(run)
         field = entrants([ours, *PEERS], problem)
-        Race(problem, field, place, budget, seeds=seeds, tune=not smoke).run(view_for(sys.stdout))
+        before = searched(name) if known else {}
+        field = tuple(e.at(before[e.label]["rate"]) if e.label in before else e for e in field)
+        Race(problem, field, place, budget, seeds=seeds, tune=not (smoke or known)).run(view_for(sys.stdout))
         result = outcome(place, name)
+        for standing in result["standings"]:  # the search that gave the rate is a part of the result
+            found = before.get(standing["label"], {})
+            standing |= {key: found[key] for key in ("tuned_over", "at_edge") if key in found}
         say(told(result))
         if not smoke:
             write(name, result)
+
+
+def searched(name: str) -> dict[str, dict[str, Any]]:
+    """The peers' rows of the results at hand, by label."""
+    rows = json.loads((RESULTS / f"networks-{name}.json").read_text())["result"]["standings"]
+    return {row["label"]: row for row in rows if row["rate"] is not None}
 
 
 def problem_of(name: str) -> Problem:
@@ -285,11 +297,13 @@ def main() -> None:
     )
     parser.add_argument("what", nargs="*", metavar="PART|PROBLEM",
                         help=f"of race, steptime, memory and {', '.join(PROBLEMS)}; all by default")  # fmt: skip
-    parser.add_argument("--ours", default="natgrad", help="natgrad's entrant (default: %(default)s)")
+    parser.add_argument("--ours", default="natgrad-tempered", help="natgrad's entrant (default: %(default)s)")
     parser.add_argument(
         "--folder", type=Path, default=FOLDER, help="where runs are kept (default: %(default)s)"
     )
     parser.add_argument("--anew", action="store_true", help="run natgrad again, and the peers not")
+    parser.add_argument("--known", action="store_true",
+                        help="peers have the rates that the committed results' search found: no grid")  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="a dozen steps, nothing tuned, nothing written")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -305,7 +319,7 @@ def main() -> None:
         print(json.dumps(peak(arguments.peak, names[0], 2 if arguments.smoke else 30)))
         return
     if "race" in parts:
-        race(names, arguments.ours, arguments.folder, arguments.anew, arguments.smoke)
+        race(names, arguments.ours, arguments.folder, arguments.anew, arguments.known, arguments.smoke)
     if "steptime" in parts:
         steptime(names, arguments.smoke)
     if "memory" in parts:
