@@ -57,6 +57,7 @@ STEPTIME_GOAL, MEMORY_GOAL = {"chars": 1.25, "vit": 1.25, "resnet": 1.5}, 2.5
 
 def race(names: Sequence[str], ours: str, folder: Path, anew: bool, known: bool, smoke: bool) -> None:
     """Races on each problem; writes what came of it."""
+    rates = {name: searched(name) for name in names} if known else {}
     for name in names:
         say(f"── race {name}")
         try:
@@ -73,7 +74,7 @@ def race(names: Sequence[str], ours: str, folder: Path, anew: bool, known: bool,
             for run in (place / "runs").glob("natgrad*"):
                 shutil.rmtree(run)
         field = entrants([ours, *PEERS], problem)
-        before = searched(name) if known else {}
+        before = rates.get(name, {})
         field = tuple(e.at(before[e.label]["rate"]) if e.label in before else e for e in field)
         Race(problem, field, place, budget, seeds=seeds, tune=not (smoke or known)).run(view_for(sys.stdout))
         result = outcome(place, name)
@@ -87,8 +88,12 @@ def race(names: Sequence[str], ours: str, folder: Path, anew: bool, known: bool,
 
 def searched(name: str) -> dict[str, dict[str, Any]]:
     """The peers' rows of the results at hand, by label."""
-    rows = json.loads((RESULTS / f"networks-{name}.json").read_text())["result"]["standings"]
-    return {row["label"]: row for row in rows if row["rate"] is not None}
+    path = RESULTS / f"networks-{name}.json"
+    rows = json.loads(path.read_text())["result"]["standings"] if path.exists() else []
+    found = {row["label"]: row for row in rows if row["rate"] is not None}
+    if len(found) < len(PEERS):
+        raise SystemExit(f"{path} does not have the rates of all peers: race on {name} without --known")
+    return found
 
 
 def problem_of(name: str) -> Problem:

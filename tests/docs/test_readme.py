@@ -28,7 +28,7 @@ def test_the_snippets_run_in_order() -> None:
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
     points, edge = torch.rand(40, 2), torch.rand(20, 2).round()
     names: dict[str, object] = {"model": model, "loader": loader, "net": net, "points": points, "edge": edge}
-    assert len(blocks()) == 5
+    assert len(blocks()) == 6
     for block in blocks():
         exec(compile(block, str(README), "exec"), names)
     assert loss_fn(model(inputs), targets).item() < 0.2 * before

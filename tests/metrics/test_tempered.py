@@ -124,3 +124,54 @@ def test_a_step_minimises_the_model_along_its_direction() -> None:
     optimizer.step()
     after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     torch.testing.assert_close(after - before, alpha * direction, rtol=1e-5, atol=1e-9)
+
+
+def optimizer_of(groups: tuple[str, str], metric: str, **options: object) -> natgrad.NaturalGradient:
+    model = net()
+    params = [
+        {"params": model[0].parameters(), "metric": groups[0]},
+        {"params": [*model[1].parameters(), *model[3].parameters()], "metric": groups[1]},
+    ]
+    return natgrad.NaturalGradient(model, nn.CrossEntropyLoss(), params, metric=metric, **options)
+
+
+def test_the_groups_metrics_decide_the_steps() -> None:
+    assert optimizer_of(("tempered", "tempered"), "kfac").step_size == AdaptiveStep.tempered()
+    assert optimizer_of(("tempered", "euclidean"), "kfac").step_size == AdaptiveStep.tempered()
+    assert optimizer_of(("kfac", "diagonal"), "tempered").step_size == AdaptiveStep()
+    for mixed in (("tempered", "kfac"), ("kfac", "tempered")):
+        with pytest.raises(ConfigError, match="other units"):
+            optimizer_of(mixed, "kfac")
+
+
+def test_residuals_and_policies_refuse_it() -> None:
+    with pytest.raises(ConfigError, match="exact"):
+        natgrad.NaturalGradient(net(), metric="tempered")
+    with pytest.raises(ConfigError, match="exact"):
+        natgrad.NaturalGradient(net(), CE, metric="tempered", lr=natgrad.TrustRegion())
+
+
+class Scaled(nn.Module):
+    """A parameter that no rule covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 4, dtype=DTYPE))
+        self.head = nn.Linear(2, 4).to(DTYPE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) @ torch.diag(self.scale).exp()
+
+
+def test_what_no_rule_covers_is_tempered_too() -> None:
+    """−(g² N + λ)⁻ᵖ g in the first step."""
+    x, y = data()
+    model, loss = Scaled(), nn.CrossEntropyLoss()
+    optimizer = natgrad.NaturalGradient(model, loss, metric="tempered")
+    loss(model(x), y).backward()
+    g, before = model.scale.grad.clone(), model.scale.detach().clone()
+    with pytest.warns(UserWarning, match="scale"):
+        optimizer.step()
+    moved = model.scale.detach() - before
+    expected = -g / (len(x) * g.square() + 1e-6).pow(2 / 3)
+    torch.testing.assert_close(moved / moved.norm(), expected / expected.norm())

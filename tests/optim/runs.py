@@ -23,7 +23,7 @@ METRICS: dict[str, Any] = {
     "kfac-lazy": natgrad.KFAC(kind="empirical", factors=2, inverses=3),
     "ekfac": "ekfac",
     "tempered": "tempered",
-    "tempered-lazy": natgrad.Tempered(factors=2, refresh=3),
+    "ekfac-lazy": natgrad.EKFAC(kind="empirical", factors=2, refresh=3),
     "block": "block",
     "exact": "exact",
     "gram": "gram",

@@ -19,7 +19,7 @@ def shown(run: Run) -> torch.Tensor:
 
 
 def oracle(iterates: list[torch.Tensor], order: float) -> torch.Tensor:
-    """Σ_t Γ(t+γ+1)/Γ(t+1) θ_t over the sum of these weights, iterates counted from 1."""
+    """Σ_t Γ(t+γ)/Γ(t) θ_t over the sum of these weights, iterates counted from 1."""
     t = torch.arange(1.0, len(iterates) + 1, dtype=torch.float64)
     weights = ((t + order).lgamma() - t.lgamma()).exp()
     return (weights[:, None] * torch.stack(iterates)).sum(0) / weights.sum()
@@ -110,3 +110,25 @@ def test_residuals_have_none() -> None:
     model = nn.Linear(2, 1)
     optimizer = natgrad.NaturalGradient(model, metric="exact")
     assert not optimizer.averages
+
+
+def test_running_statistics_are_not_the_averages() -> None:
+    model = nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    run = Run.of("tempered", "adaptive", model)
+    run.train(batches(3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with run.optimizer.averaged(), torch.no_grad():
+        torch.optim.swa_utils.update_bn([x for x, _ in batches(2)], model)
+        assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_step_that_was_skipped_joins_once() -> None:
+    run = Run.of("tempered", "adaptive", on_nonfinite="skip")
+    data = batches(6)
+    run.train(data[:3])
+    iterates = shown(run)
+    x, y = data[3]
+    run.step((x * float("nan"), y))
+    torch.testing.assert_close(shown(run), iterates, rtol=0, atol=0)

@@ -186,7 +186,9 @@ _ENTRANTS: dict[str, Entrant] = {
         Entrant("natgrad", "natgrad", _natgrad("kfac", of_residuals="exact"), ours=True),
         Entrant("natgrad-kfac", "natgrad, K-FAC", _natgrad("kfac"), ours=True),
         Entrant("natgrad-diagonal", "natgrad, diagonal", _natgrad("diagonal"), ours=True),
-        Entrant("natgrad-tempered", "natgrad, tempered", _natgrad("tempered"), ours=True),
+        Entrant(
+            "natgrad-tempered", "natgrad, tempered", _natgrad("tempered", of_residuals="exact"), ours=True
+        ),
         Entrant("natgrad-dense", "natgrad, dense", _natgrad("dense"), ours=True),
         Entrant("adam", "Adam", _torch("Adam"), rate=1e-3),
         Entrant("adamw", "AdamW", _torch("AdamW"), rate=1e-3),

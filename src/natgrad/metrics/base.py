@@ -73,10 +73,13 @@ class Metric(abc.ABC):
     A metric is immutable and may be shared by several optimisers; what a run estimates lives in `Estimate`.
     """
 
+    # p in Δ = −(F̂ + λI)⁻ᵖ ∇h: 1 for the natural gradient. Metrics that leave a choice have it as a field.
+    power = 1.0
+
     @property
     def tempered(self) -> bool:
-        """Whether Δ = −(F̂ + λI)⁻ᵖ ∇h with p < 1, so that it is no natural gradient but lies before it."""
-        return False
+        """Whether p < 1, so that Δ is no natural gradient but lies before it."""
+        return self.power < 1.0
 
     @abc.abstractmethod
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
@@ -156,7 +159,7 @@ class Estimate(abc.ABC):
         """
 
     def squared_length(self, direction: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> float:
-        """An upper bound of Δᵀ F̂ Δ for Δ = −`solve`(∇h).
+        """An upper bound of Δᵀ F̂ Δ for Δ = −`solve`(∇h), where no block has a part that is left out.
 
         Args:
             direction: Δ of covered parameters, by name.

@@ -50,9 +50,8 @@ class EKFAC(Metric):
         examples: at most so many examples of a batch are looked at, evenly spaced; None for all.
         sharing: which factors give the basis where positions share a weight, as in `KFAC`.
         largest: a side of more numbers has no basis but the coordinates; None for no bound.
-        power: p, where Δ = −(F̂ + λI)⁻ᵖ ∇h: 1 for the natural gradient, 0 for the gradient. Between the two each step
-            trusts F̂ less, which generalises better where gradients are noisy (Amari et al. 2021, arXiv 2006.10732);
-            ½ is what Shampoo and Adam do with their own second moments. F̂ itself is the same for every p.
+        power: p, where Δ = −(F̂ + λI)⁻ᵖ ∇h: 1 for the natural gradient, 0 for the gradient. Amari et al. 2021 (arXiv
+            2006.10732) interpolate so; ½ is what Adam does with its own second moments. F̂ itself is the same for all p.
     """
 
     kind: Kind = "mc"
@@ -73,11 +72,6 @@ class EKFAC(Metric):
         check_examples(self.examples)
         check_largest(self.largest)
         check_power(self.power)
-
-    @property
-    def tempered(self) -> bool:
-        """Whether p < 1."""
-        return self.power < 1.0
 
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
         """An estimate for the parameters that a rule of the tape covers."""

@@ -14,8 +14,9 @@ class Tempered(EKFAC):
 
     Where a batch tells little of each direction, the natural gradient spends its steps on noise: it takes directions
     of low curvature, where a gradient is mostly chance, as far as those of high curvature. A power p < 1 takes them
-    less far (Amari et al. 2021, arXiv 2006.10732, where p = ½ to 1 generalises best under label noise). Real gradients
-    bound the step: a gradient that is an average of those in F̂ cannot be much larger than its root.
+    less far; Amari et al. 2021 (arXiv 2006.10732) study such preconditioners between identity and Fisher information.
+    With real gradients' second moments a gradient cannot be much larger than F̂'s root, so that Δ grows by no more than
+    the power −⅙ of F̂ + λ where both get small.
 
     With it the optimiser's own step size is `AdaptiveStep.tempered()` and its λ is 1e-6, where the user gives none.
     For classifiers and language models on mini-batches; where a loss is to be driven down with large batches

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from natgrad.optim.moves import At
 
@@ -37,14 +38,16 @@ def join(names: Iterable[str], at: At, weight: float) -> None:
 
 
 @contextmanager
-def exchanged(names: Sequence[str], at: At, weight: float) -> Iterator[None]:
-    """Gives every parameter its average, with the present θ in it, and θ back at the end.
+def exchanged(names: Sequence[str], at: At, weight: float, buffers: Sequence[Tensor]) -> Iterator[None]:
+    """Gives every parameter its average, with the present θ in it; at the end all is again as it was.
 
     Args:
         names: of the parameters.
         at: where they and their averages are.
         weight: what θ counts.
+        buffers: what may be changed meanwhile, too.
     """
+    before = [buffer.clone() for buffer in buffers]
     kept = {name: at(name)[1].detach().clone() for name in names}
     try:
         with torch.no_grad():
@@ -57,3 +60,5 @@ def exchanged(names: Sequence[str], at: At, weight: float) -> Iterator[None]:
         with torch.no_grad():
             for name, value in kept.items():
                 at(name)[1].copy_(value)
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)

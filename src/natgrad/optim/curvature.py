@@ -53,6 +53,8 @@ class Curvature:
         self.tapes = [tape for _, estimate, tape in self.estimates if estimate.kind is not None]
         self.measures = any(not isinstance(metric, Euclidean) for metric, _, _ in self.estimates)
         self.remainder = Remainder()
+        # Squares of real gradients are to be tempered like the metric's.
+        self.power = min((metric.power for metric, _, _ in self.estimates), default=1.0)
         self.fallback_optimizer: torch.optim.Optimizer | None = None
         self.fallback_names: list[list[str]] = []
         self.observed = False
@@ -202,7 +204,7 @@ class Curvature:
         if self._noted is not None:
             noted, examples = self._noted
             self.remainder.observe({name: noted[name] for name in gradient}, examples, self._step)
-        return {name: -delta for name, delta in self.remainder.solve(gradient, damping).items()}
+        return {name: -delta for name, delta in self.remainder.solve(gradient, damping, self.power).items()}
 
     def add_fallback(self, names: list[str]) -> None:
         """Gives these parameters to the user's fallback optimiser, which is made when there are some."""

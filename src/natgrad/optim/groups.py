@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.errors import ConfigError, EmptyError, ModelChangedError
-from natgrad.metrics import Metric, metric_from
+from natgrad.metrics import Euclidean, Metric, metric_from
 from natgrad.steps.penalty import L2, check_decay
 
 
@@ -105,6 +105,21 @@ class Membership:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name → parameter."""
         return {name: member.parameter for name, member in self.members.items()}
+
+    @property
+    def tempered(self) -> bool:
+        """Whether Δ comes from tempered metrics.
+
+        Raises:
+            ConfigError: some are and some are not, so that no one step size or damping would suit both.
+        """
+        powers = {metric.tempered for metric in self.metrics if not isinstance(metric, Euclidean)}
+        if len(powers) > 1:
+            raise ConfigError(
+                "some groups have a tempered metric and some have not: their directions have other units; give all "
+                "the same, or build an optimiser for each"
+            )
+        return powers == {True}
 
     def buffers(self) -> list[Tensor]:
         """The model's buffers."""

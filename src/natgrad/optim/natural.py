@@ -46,9 +46,9 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             as ``natgrad.KFAC(kind="exact")``. ``"tempered"`` for classifiers and language models on mini-batches.
         lr: a fixed α, None to adapt it, `natgrad.Grafted("adam", lr)` for steps as long as Adam's, or
             `natgrad.TrustRegion()` for the steps of a policy (see `natgrad.policy`).
-        momentum: a fixed μ; by default adapted with α, and 0 where lr is given.
-        damping: a fixed λ or a strategy; by default Levenberg–Marquardt, and 1e-3 where lr is given or where only a
-            likelihood is (a loss computed inside the model can't be measured again).
+        momentum: a fixed μ; by default adapted with α, and 0 where lr is given or the metric is tempered.
+        damping: a fixed λ or a strategy; by default Levenberg–Marquardt, 1e-3 where lr is given or where only a
+            likelihood is (a loss computed inside the model can't be measured again), and 1e-6 with a tempered metric.
         weight_decay: decoupled decay, or ``natgrad.L2(η)`` inside the loss.
         fallback: makes a torch optimiser for parameters that no rule covers, such as
             ``lambda params: torch.optim.AdamW(params, lr=1e-3)``; by default they
@@ -108,7 +108,6 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
                 self._undo(loss, norm)
                 return returned
             self._alarm = self._alarm.after(level)
-        self._join_average()
         record: dict[str, Any] = {"loss": loss, "damping": self.damping, "grad_norm": norm}
         try:
             with self._timed("solve"):
@@ -198,6 +197,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             due = self.damping_rule.due(self._step + 1)
             elasticity = self._elasticity(basis, expansion, loss, gradient, slope) if due else None
         with self._timed("apply"):
+            self._join_average()
             alphas = c[: len(parts)].tolist()
             momentum = 0.0 if last is None else float(c[last])
             update = update_of(direction, parts, alphas, momentum, self._at)
@@ -343,6 +343,9 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
     def _undo(self, loss: float, norm: float) -> None:
         """Takes the last step back, forgets what led to it, and trusts the model less."""
         take_back(self._members.members, self._at)
-        damping, self._witness, self._promise = self.damping, None, None
+        damping, self._promise = self.damping, None
         self.damping = self.damping_rule.update(self.damping_rule.update(damping, math.nan), math.nan)
+        # Where λ cannot say so, α has to start from less.
+        less = self._witness is not None and self.damping == damping
+        self._witness = Witness(self._witness.alpha / 4, self._witness.share) if less else None  # type: ignore[union-attr]
         self._finish({"loss": loss, "damping": damping, "grad_norm": norm, "undone": True})

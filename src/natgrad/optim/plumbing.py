@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from natgrad.errors import ConfigError, NonFiniteError, StepError
 from natgrad.likelihoods import Likelihood, Residuals, likelihood_from
-from natgrad.metrics import Metric, metric_from
+from natgrad.metrics import Metric
 from natgrad.optim.averaging import exchanged, join, weight_of
 from natgrad.optim.coverage import Coverage
 from natgrad.optim.curvature import Curvature
@@ -91,7 +91,9 @@ class Plumbing(torch.optim.Optimizer):
             raise ConfigError(f"on_nonfinite must be 'raise' or 'skip', not {on_nonfinite!r}")
         self.likelihood = Residuals() if likelihood is None else likelihood_from(likelihood)
         on_residuals = isinstance(self.likelihood, Residuals)
-        tempered = metric_from(metric).tempered
+        self.model = original(model)
+        self._members = Membership(self.model, params, metric, weight_decay)
+        tempered = self._members.tempered
         self.step_size: StepSize | ResidualStep | None = (
             residual_step_from(lr, momentum) if on_residuals else step_size_from(lr, momentum, tempered)
         )
@@ -111,8 +113,11 @@ class Plumbing(torch.optim.Optimizer):
             )
         self.damping = self.damping_rule.initial
         self.info = StepInfo()
-        self.model = original(model)
-        self._members = Membership(self.model, params, metric, weight_decay)
+        if tempered and (on_residuals or isinstance(self.step_size, TrustRegion)):
+            raise ConfigError(
+                "a tempered metric is for losses on mini-batches; residuals and policies need the natural gradient "
+                'itself: metric="exact", or EKFAC(power=1)'
+            )
         self._on_nonfinite = on_nonfinite
         self._step, self._skipped, self._batch = 0, 0, 0
         self._witness: Witness | None = None
@@ -181,8 +186,9 @@ class Plumbing(torch.optim.Optimizer):
     def averaged(self) -> Iterator[None]:
         """``with optimizer.averaged():`` evaluates or saves the model at the average of its iterates.
 
-        The parameters are θ̄ inside, and θ again after it. Buffers, such as the running statistics of
-        `nn.BatchNorm2d`, are the last step's in both. See `natgrad.optim.averaging` for the average.
+        The parameters are θ̄ inside; after it they and all buffers are as they were. Running statistics, as of
+        `nn.BatchNorm2d`, are those of the last steps: ``torch.optim.swa_utils.update_bn(loader, model)`` inside makes
+        them anew for θ̄. See `natgrad.optim.averaging` for the average.
 
         Raises:
             StepError: no average is kept, or `step` is called inside.
@@ -197,7 +203,8 @@ class Plumbing(torch.optim.Optimizer):
             raise StepError("the parameters are the average already")
         self._away = True
         try:
-            with exchanged(list(self._members.members), self._at, weight_of(self._step, size.average)):
+            weight = weight_of(self._step, size.average)
+            with exchanged(list(self._members.members), self._at, weight, self._members.buffers()):
                 yield
         finally:
             self._away = False

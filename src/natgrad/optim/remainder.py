@@ -40,15 +40,18 @@ class Remainder:
             square.mul_(DECAY).addcmul_(g, g, value=(1.0 - DECAY) * examples)
             self._weights[name] = DECAY * self._weights.get(name, 0.0) + 1.0 - DECAY
 
-    def solve(self, gradient: Mapping[str, Tensor], damping: Mapping[str, float]) -> dict[str, Tensor]:
-        """(F̂ + λ)⁻¹ of a gradient, by name; the gradient itself where none was observed.
+    def solve(
+        self, gradient: Mapping[str, Tensor], damping: Mapping[str, float], power: float = 1.0
+    ) -> dict[str, Tensor]:
+        """(F̂ + λ)⁻ᵖ of a gradient, by name; the gradient itself where none was observed.
 
         Args:
             gradient: what is solved for.
             damping: λ by name.
+            power: p.
         """
         return {
-            name: g / (self._squares[name] / self._weights[name] + damping[name])
+            name: g / (self._squares[name] / self._weights[name] + damping[name]).pow(power)
             if name in self._squares
             else g
             for name, g in gradient.items()

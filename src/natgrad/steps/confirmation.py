@@ -55,8 +55,9 @@ class Confirmation:
         if not promise.slope < 0:
             return self
         keep = min(KEEP, 1.0 - 1.0 / (self.count + 1))
-        # Where a batch promised next to nothing the quotient has no bound; what lies beyond ±1 is noise.
-        kept = min(1.0, max(-1.0, (slope - promise.curvature) / promise.slope))
+        kept = (slope - promise.curvature) / promise.slope
+        # Without noise it is the part that was taken. Where a batch promised next to nothing the quotient has no bound.
+        kept = min(promise.taken, max(-promise.taken, kept))
         return Confirmation(
             keep * self.kept + (1.0 - keep) * kept,
             keep * self.promised + (1.0 - keep) * promise.taken,
