@@ -35,7 +35,9 @@ def moved(run: Run, start: Tensor) -> Tensor:
 def test_a_step_under_autocast_is_close_to_the_one_in_float32(
     metric: str, mode: str, dtype: torch.dtype
 ) -> None:
-    whole, half = (Run.of(metric, mode, net(torch.float32)) for _ in range(2))
+    # A constant added to all logits has no Fisher information, but bfloat16's rounding has a gradient there.
+    options = {"damping": 1e-4} if (metric, mode) == ("tempered", "adaptive") else {}
+    whole, half = (Run.of(metric, mode, net(torch.float32), **options) for _ in range(2))
     start, (batch,) = parameters(whole.model), data(1)
     whole.step(batch)
     backward(half, batch, dtype)
