@@ -18,7 +18,7 @@ class Tempered(EKFAC):
     With real gradients' second moments a gradient cannot be much larger than F̂'s root, so that Δ grows by no more than
     the power −⅙ of F̂ + λ where both get small.
 
-    With it the optimiser's own step size is `AdaptiveStep.tempered()` and its λ is 1e-6, above float32's rounding, where
+    With it the optimiser's own step size is `AdaptiveStep.tempered()` and its λ 1e-6, above float32's rounding, where
     the user gives none. Under autocast in bfloat16 give ``damping=1e-4``, or directions without any Fisher information,
     such as a constant added to all logits, take part of the step.
     For classifiers and language models on mini-batches; where a loss is to be driven down with large batches
