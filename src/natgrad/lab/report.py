@@ -159,7 +159,7 @@ def _method(summary: Summary) -> str:
     return (
         "<section class=notes><h2>How it was measured</h2><p>For each seed every optimiser starts from the same "
         "weights and sees the same batches in the same order. Seconds count forward pass, backward pass and step, not "
-        f"evaluation. natgrad’s adaptive steps are judged at the average of iterates that the optimiser keeps. "
+        "evaluation. natgrad’s adaptive steps are judged at the average of iterates that the optimiser keeps. "
         f"{told} Times to target are interpolated between evaluations; "
         "“÷ best peer” divides by the best of all peers in that column, so below 1 is better than every peer, and "
         "&lt; or &gt; give the bound that is known where one side did not reach the target.</p></section>"

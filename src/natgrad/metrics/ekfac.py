@@ -214,9 +214,9 @@ class _EKFACEstimate(FactorEstimate):
     def squared_length(self, direction: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> float:
         if self._power == 1.0:
             return super().squared_length(direction, gradient)
-        names = [name for name in self.operator().space.names if name in direction]
-        moved = {name: direction[name] for name in names}
-        return float(self.operator().restrict(names).inner(moved, moved))
+        operator = self.operator()
+        moved = {name: direction[name] for name in operator.space.names if name in direction}
+        return float(operator.restrict(moved).inner(moved, moved))
 
     def state_dict(self) -> dict[str, Any]:
         self._settle()

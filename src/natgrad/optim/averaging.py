@@ -1,9 +1,9 @@
 """An average of the iterates θ_t, in which the noise of the last steps cancels.
 
 Steps that find their own length don't know when training will end, so that no schedule takes their noise away. The
-polynomial-decay average (Shamir & Zhang 2013, arXiv 1212.1824, eq. 7), θ̄ ← θ̄ + (γ+1)/(t+γ+1) (θ_t − θ̄), does so at
+polynomial-decay average (Shamir & Zhang 2013, arXiv 1212.1824), θ̄ ← θ̄ + (γ+1)/(t+γ+1) (θ_t − θ̄), does so at
 every moment: it counts θ_t about as tᵞ, so that the beginning is soon forgotten. Martens & Grosse (2015,
-arXiv 1503.05671, §13) evaluate an average, too.
+arXiv 1503.05671) evaluate an average, too.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -346,6 +347,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         damping, self._promise = self.damping, None
         self.damping = self.damping_rule.update(self.damping_rule.update(damping, math.nan), math.nan)
         # Where λ cannot say so, α has to start from less.
-        less = self._witness is not None and self.damping == damping
-        self._witness = Witness(self._witness.alpha / 4, self._witness.share) if less else None  # type: ignore[union-attr]
+        before, self._witness = self._witness, None
+        if before is not None and self.damping == damping:
+            self._witness = replace(before, alpha=before.alpha / 4)
         self._finish({"loss": loss, "damping": damping, "grad_norm": norm, "undone": True})

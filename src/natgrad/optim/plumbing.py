@@ -180,7 +180,15 @@ class Plumbing(torch.optim.Optimizer):
     @property
     def averages(self) -> bool:
         """Whether an average of the iterates is kept: where steps are adaptive and a loss is trained."""
-        return isinstance(self.step_size, AdaptiveStep) and self.step_size.average is not None
+        return self._present_weight is not None
+
+    @property
+    def _present_weight(self) -> float | None:
+        """What the present θ counts in the average; None where none is kept."""
+        size = self.step_size
+        if not isinstance(size, AdaptiveStep) or size.average is None:
+            return None
+        return weight_of(self._step, size.average)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -193,8 +201,8 @@ class Plumbing(torch.optim.Optimizer):
         Raises:
             StepError: no average is kept, or `step` is called inside.
         """
-        size = self.step_size
-        if not isinstance(size, AdaptiveStep) or size.average is None:
+        weight = self._present_weight
+        if weight is None:
             raise StepError(
                 "no average is kept: it goes with adaptive steps on a loss (lr=None); with a learning rate of your own "
                 "use a schedule, or torch.optim.swa_utils.AveragedModel"
@@ -203,7 +211,6 @@ class Plumbing(torch.optim.Optimizer):
             raise StepError("the parameters are the average already")
         self._away = True
         try:
-            weight = weight_of(self._step, size.average)
             with exchanged(list(self._members.members), self._at, weight, self._members.buffers()):
                 yield
         finally:
@@ -211,9 +218,9 @@ class Plumbing(torch.optim.Optimizer):
 
     def _join_average(self) -> None:
         """The present θ joins the average, now that its loss has been seen."""
-        size = self.step_size
-        if isinstance(size, AdaptiveStep) and size.average is not None:
-            join(self._members.members, self._at, weight_of(self._step, size.average))
+        weight = self._present_weight
+        if weight is not None:
+            join(self._members.members, self._at, weight)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of torch's optimisers, and under "natgrad" λ, the averages and the generator."""
