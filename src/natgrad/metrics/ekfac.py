@@ -109,7 +109,8 @@ class _EKFACEstimate(FactorEstimate):
         super().__init__(parameters, metric.decay, metric.examples, metric.sharing, metric.largest)
         self.kind, self._power = metric.kind, metric.power
         self._eigen: dict[str, _Eigen] = {}
-        self._observing = Refresh(metric.factors)
+        # Tempered steps are small, so that little moves between two looks; 20 steps between them cost accuracy.
+        self._observing = Refresh(metric.factors, longest=10 if metric.tempered else 5)
         self._turning = Refresh(metric.refresh, longest=20)
         self._kept: list[_Kept] = []
         self._bytes = 0

@@ -26,7 +26,7 @@ from natgrad.optim.moves import add, forget, go, take_back, update_of, velocity_
 from natgrad.optim.plumbing import Vector
 from natgrad.optim.policy import Policy
 from natgrad.optim.trust_region import TrustRegionSteps, check_policy_call
-from natgrad.steps import AdaptiveStep, FixedStep, Grafted, Promise, Witness
+from natgrad.steps import AdaptiveStep, FixedStep, Grafted, Promise, Witness, believable
 
 # In the first step a smaller λ is taken if it leaves less than this part of the loss.
 MUCH_BETTER = 0.75
@@ -178,6 +178,9 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         previous = {n: self._at(n)[2]["last"] for n in direction if "last" in self._at(n)[2]}
         coarse = self._step < size.coarse
         parts = self._curvature.parts(direction, size.groups if coarse else 1)
+        due = self.damping_rule.due(self._step + 1)
+        if size.steady and not due and not self._pace.due(self._step, len(parts)):
+            return self._paced(size, gradient, direction, parts, previous)
         # With μ = 0 only the slope along δ₀ is of use, and that needs no product with F.
         basis = Basis(direction, parts, {} if size.momentum == 0.0 else previous)
         with self._timed("model"):
@@ -186,25 +189,24 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             require_finite_direction(float(model.linear.sum() + model.curvature.sum()))
             usual = None if coarse or self._witness is None else self._witness.alpha
             last = basis.previous_index
-            if previous and self._promise is not None:
-                slope_after = dot(previous, gradient) if last is None else float(model.linear[last])
-                self._confirmation = self._confirmation.after(self._promise, slope_after)
+            self._confirm(previous, gradient)
             c = whole = size.coefficients(model, last, usual, self._unit())
+            if size.steady:
+                self._pace = self._pace.after(whole[: len(parts)].tolist(), self._step)
+                whole[: len(parts)] = torch.tensor(self._pace.alphas, dtype=whole.dtype)
+                c = whole = whole * believable(model, whole, self._unit())
             taken = size.relaxation(self._step, self._confirmation.ratio)
             if taken < 1.0:
                 c = whole * taken
                 if size.momentum is not None and last is not None:
                     c[last] = whole[last]
-            due = self.damping_rule.due(self._step + 1)
             elasticity = self._elasticity(basis, expansion, loss, gradient, slope) if due else None
         with self._timed("apply"):
-            self._join_average()
             alphas = c[: len(parts)].tolist()
             momentum = 0.0 if last is None else float(c[last])
-            update = update_of(direction, parts, alphas, momentum, self._at)
-            forget(self._members.members.keys() - update.keys(), self._at)
+            update = self._update(direction, parts, alphas, momentum)
             factors = {self._at(name)[0]["lr"] for name in update}  # the groups' lr is a factor of the step
-            predicted, length, self._promise = None, None, None
+            predicted, length = None, None
             if len(factors) == 1:
                 c = c * min(factors)
                 predicted, length = model.change(c), model.fisher_norm(c)
@@ -226,6 +228,39 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         if due and predicted is not None:
             record |= self._measure(expansion, c, predicted, elasticity)
         return record
+
+    def _paced(
+        self,
+        size: AdaptiveStep,
+        gradient: Vector,
+        direction: Vector,
+        parts: list[list[str]],
+        previous: Vector,
+    ) -> dict[str, Any]:
+        """The same with the α that the last measurements agree on."""
+        require_finite_direction(dot(direction, gradient))
+        self._confirm(previous, gradient)
+        taken = size.relaxation(self._step, self._confirmation.ratio)
+        alphas = [alpha * taken for alpha in self._pace.alphas]
+        momentum = size.momentum if size.momentum and previous else 0.0
+        with self._timed("apply"):
+            add(self._update(direction, parts, alphas, momentum), parts, alphas, self._at)
+        return {"alpha": sum(alphas) / len(alphas), "momentum": momentum, "relaxation": taken}
+
+    def _confirm(self, previous: Vector, gradient: Vector) -> None:
+        """What this batch says of the last step, where that promised something."""
+        if previous and self._promise is not None:
+            self._confirmation = self._confirmation.after(self._promise, dot(previous, gradient))
+        self._promise = None
+
+    def _update(
+        self, direction: Vector, parts: list[list[str]], alphas: list[float], momentum: float
+    ) -> Vector:
+        """δ, now that θ joins the average."""
+        self._join_average()
+        update = update_of(direction, parts, alphas, momentum, self._at)
+        forget(self._members.members.keys() - update.keys(), self._at)
+        return update
 
     def _elasticity(
         self, basis: Basis, expansion: Expansion, loss: float | None, gradient: Vector, slope: Vector
@@ -350,4 +385,5 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         before, self._witness = self._witness, None
         if before is not None and self.damping == damping:
             self._witness = replace(before, alpha=before.alpha / 4)
+            self._pace = self._pace.slower(4.0)
         self._finish({"loss": loss, "damping": damping, "grad_norm": norm, "undone": True})

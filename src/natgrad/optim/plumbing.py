@@ -31,6 +31,7 @@ from natgrad.steps import (
     FixedStep,
     Grafted,
     NoiseFloor,
+    Pace,
     Promise,
     ResidualStep,
     StepSize,
@@ -123,6 +124,7 @@ class Plumbing(torch.optim.Optimizer):
         self._witness: Witness | None = None
         self._promise: Promise | None = None
         self._confirmation = Confirmation()
+        self._pace = Pace()
         self._alarm = Alarm()
         self._seconds: dict[str, float] = {}
         self._agreed: set[object] = set()

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from natgrad.errors import StateError
 from natgrad.optim.info import StepInfo
-from natgrad.steps import Alarm, Confirmation, Promise, Witness
+from natgrad.steps import Alarm, Confirmation, Pace, Promise, Witness
 
 if TYPE_CHECKING:
     from natgrad.optim.plumbing import Plumbing
 
-VERSION = 3
+VERSION = 4
 # What is nested. It is kept as tuples of tuples that name tensors by number, and these in a flat list: other tools
 # (torch.distributed.checkpoint) rename keys and drop empty containers, but neither of tuples.
 NESTED = ("estimates", "blocks", "elements", "remainder", "uncovered", "fallback")
@@ -37,6 +37,7 @@ def save_state(optimizer: Plumbing, base: dict[str, Any]) -> dict[str, Any]:
         "witness": None if optimizer._witness is None else dataclasses.astuple(optimizer._witness),
         "promise": None if optimizer._promise is None else dataclasses.astuple(optimizer._promise),
         "confirmation": dataclasses.astuple(optimizer._confirmation),
+        "pace": dataclasses.astuple(optimizer._pace),
         "alarm": (optimizer._alarm.mean, optimizer._alarm.deviation, optimizer._alarm.count),
         "undone": optimizer.info.undone,
         "generator": curvature.generator.get_state(),
@@ -125,6 +126,7 @@ def load_state(
     optimizer._witness = None if own["witness"] is None else Witness(*own["witness"])
     optimizer._promise = None if own["promise"] is None else Promise(*own["promise"])
     optimizer._confirmation = Confirmation(*own["confirmation"])
+    optimizer._pace = Pace(*own["pace"])
     optimizer._alarm = Alarm(*own["alarm"])
     optimizer.info = StepInfo(
         step=own["step"], damping=own["damping"], skipped=own["skipped"], undone=own["undone"]

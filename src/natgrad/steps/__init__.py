@@ -5,6 +5,7 @@ from natgrad.steps.alarm import Alarm
 from natgrad.steps.confirmation import Confirmation, Promise
 from natgrad.steps.damping import ConstantDamping, Damping, LevenbergMarquardt, NoiseFloor, damping_from
 from natgrad.steps.grafted import Grafted
+from natgrad.steps.pace import Pace
 from natgrad.steps.penalty import L2
 from natgrad.steps.problem import Decision, LeastSquares, half_square, predicted_change
 from natgrad.steps.quadratic import QuadraticModel
@@ -14,6 +15,7 @@ from natgrad.steps.size import (
     FixedStep,
     ResidualStep,
     StepSize,
+    believable,
     residual_step_from,
     step_for,
     step_size_from,
@@ -38,6 +40,7 @@ __all__ = [
     "LeastSquares",
     "LevenbergMarquardt",
     "NoiseFloor",
+    "Pace",
     "Promise",
     "QuadraticModel",
     "ResidualStep",
@@ -45,6 +48,7 @@ __all__ = [
     "Trial",
     "TrustRegion",
     "Witness",
+    "believable",
     "damping_from",
     "half_square",
     "predicted_change",

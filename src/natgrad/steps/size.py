@@ -88,6 +88,8 @@ class AdaptiveStep:
         growth: α is at most this multiple of its running average.
         average: γ of the average of iterates that `optimizer.averaged()` shows: iterate t counts about as tᵞ. None to
             keep none.
+        steady: α is the geometric mean of its last measurements (`natgrad.steps.Pace`), and where these agree it is
+            measured in every few steps only. For a fixed momentum: a free μ has to be measured with α.
     """
 
     momentum: float | None = None
@@ -99,6 +101,7 @@ class AdaptiveStep:
     calm: int | None = 40
     growth: float = 1.3
     average: float | None = 8.0
+    steady: bool = False
 
     def __post_init__(self) -> None:
         if self.momentum is not None and not 0 <= self.momentum < 1:
@@ -115,15 +118,19 @@ class AdaptiveStep:
             raise ConfigError(f"groups={self.groups} must be at least 1")
         if self.average is not None and not self.average >= 0:
             raise ConfigError(f"average={self.average} must be at least 0, or None to keep none")
+        if self.steady and self.momentum is None:
+            raise ConfigError(
+                "steady=True needs a fixed momentum=, such as 0: a free one is measured with each step's α"
+            )
 
     @classmethod
     def tempered(cls, momentum: float | None = None) -> AdaptiveStep:
-        """Steps for a metric whose Δ is tempered: all from one α, averaged from the start, and soon relaxed.
+        """Steps for a metric whose Δ is tempered: all from one steady α, averaged from the start, and soon relaxed.
 
         Such a Δ is right layer by layer to a power only, so that a coarse space over layers would mislead; and it is
         for batches so noisy that the model would use μ to undo the averaging of gradients.
         """
-        return cls(momentum or 0.0, settle=0, coarse=0, calm=5)
+        return cls(momentum or 0.0, settle=0, coarse=0, calm=5, steady=True)
 
     def keep(self, step: int) -> float:
         """β in this step: 0 until the loss has settled, then an equal-weighted mean that becomes an exponential one."""
