@@ -117,6 +117,26 @@ def test_moments_of_inputs(kind: str, reduce: bool, weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_of_inputs_of_some_examples(
+    kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = layer(kind)
+    a = torch.cat([homogeneous(use) for use in one.uses], dim=3)
+    rows = one.examples * a.shape[3]
+    weights = torch.rand(one.examples, dtype=DTYPE) if weighted else None
+    w = torch.ones(one.examples, dtype=DTYPE) if weights is None else weights
+    n = one.examples
+    for most, enough, stride in ((1, 1, n), (1, 2, n // 2), (1, n, 1), (rows, 1, 1)):
+        monkeypatch.setattr(layers, "ENOUGH", enough)
+        expected = torch.einsum("n,ngis,ngjs->gij", w[::stride], a[::stride], a[::stride])
+        total = torch.zeros_like(expected)
+        count = one.add_inputs(total if one.block.groups > 1 else total[0], 0.0, weights, most=most)
+        torch.testing.assert_close(total, expected)
+        assert count == pytest.approx(float(w[::stride].sum()) * a.shape[3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("reduce", "small"), [(False, 32), (False, 0), (True, 32)])
 def test_moments_of_signals(kind: str, reduce: bool, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "SMALL", small)

@@ -86,8 +86,10 @@ def test_the_kl_clip_holds_for_every_power() -> None:
 def test_what_it_brings_along() -> None:
     model = net()
     optimizer = natgrad.NaturalGradient(model, nn.CrossEntropyLoss(), metric="tempered")
-    assert optimizer.step_size == AdaptiveStep.tempered() == AdaptiveStep(
-        0.0, settle=0, coarse=0, calm=5, steady=True
+    assert (
+        optimizer.step_size
+        == AdaptiveStep.tempered()
+        == AdaptiveStep(0.0, settle=0, coarse=0, calm=5, steady=True)
     )
     assert optimizer.damping_rule == ConstantDamping(1e-6)
     assert Tempered() == Tempered(kind="empirical", power=2 / 3)

@@ -47,7 +47,8 @@ class EKFAC(Metric):
         decay: ε of the running averages.
         factors: observe the factors and S every so many steps; adapted to how fast the factors move if None.
         refresh: renew the eigenbasis every so many steps; adapted likewise if None.
-        examples: at most so many examples of a batch are looked at, evenly spaced; None for all.
+        examples: at most so many examples of a batch are looked at, evenly spaced, and about eight times as many
+            positions for A; None for all.
         sharing: which factors give the basis where positions share a weight, as in `KFAC`.
         largest: a side of more numbers has no basis but the coordinates; None for no bound.
         power: p, where Δ = −(F̂ + λI)⁻ᵖ ∇h: 1 for the natural gradient, 0 for the gradient. Amari et al. 2021 (arXiv

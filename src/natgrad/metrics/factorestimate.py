@@ -23,6 +23,8 @@ from natgrad.tape.rows import portions
 # Signals of so many bytes, of as many passes as that makes, are added together: what a cache holds, so that warm memory
 # is used again.
 COLUMN_BYTES = 2**22
+# Where so many positions of an example are few, A is made of all of them; of a convolution's it needs no more either.
+POSITIONS = 8
 # The rule of a block that was only ever looked up.
 LOOKUP = "embedding"
 
@@ -157,7 +159,8 @@ class FactorEstimate(Estimate):
         if block.weight not in self._blocks:
             space = self.space.restrict(block.names)
             like = self.parameters[block.weight]
-            self._blocks[block.weight] = Factors(block, space, like, self._sharing, self._largest)
+            rows = None if self._examples is None else POSITIONS * self._examples
+            self._blocks[block.weight] = Factors(block, space, like, self._sharing, self._largest, rows)
             self._added(block.weight)
         return self._blocks[block.weight]
 

@@ -76,6 +76,7 @@ class Factors:
         like: a tensor of the factors' dtype and device.
         sharing: what is done with positions that share the weight.
         largest: a side of more numbers has its diagonal alone.
+        rows: at most about so many positions of a micro-batch enter A; None for all.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Factors:
         like: Tensor,
         sharing: Sharing = "expand",
         largest: int | None = None,
+        rows: int | None = None,
     ) -> None:
-        self.block, self.space, self.sharing = block, space, sharing
+        self.block, self.space, self.sharing, self._rows = block, space, sharing, rows
         self._like = like
         grouped = block.groups > 1
         self.diagonal = tuple(
@@ -140,7 +142,7 @@ class Factors:
         if isinstance(layer, Layer):
             sums = self.sums()
             reduce = self.sharing == "reduce"
-            rows = layer.add_inputs(sums.A, decay, weights, reduce, self.diagonal[0])
+            rows = layer.add_inputs(sums.A, decay, weights, reduce, self.diagonal[0], self._rows)
             sums.A_weight.add(rows, decay)
             sums.G_weight.add(denominator, decay)
             sums.G.mul_(decay)

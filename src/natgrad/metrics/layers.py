@@ -20,6 +20,8 @@ from natgrad.tape.records import Block
 
 # Below so many outputs, products of single examples take less memory than their signals.
 SMALL = 32
+# Positions of one example are much alike, so that so many examples stay however many positions each has.
+ENOUGH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Layer:
         weights: Float[Tensor, "n"] | None = None,
         reduce: bool = False,
         diagonal: bool = False,
+        most: int | None = None,
     ) -> float:
         """Total ← decay · total + Σ ã ãᵀ over examples and positions; or over examples, of the mean position.
 
@@ -72,20 +75,27 @@ class Layer:
             weights: a factor of each example; 1 if None.
             reduce: whether positions are averaged first.
             diagonal: whether the diagonal alone is wanted.
+            most: examples are left out, evenly spaced, where there are more rows, but `ENOUGH` stay; None for all.
 
         Returns:
             How many rows were added, each counted by its weight.
         """
         roots = None if weights is None or len(weights) != self.examples else weights.sqrt()
-        count = float(self.examples if roots is None else roots.square().sum())
+        if most is not None:
+            stride = max(1, min(self.examples * self.positions // most, self.examples // ENOUGH))
+            uses = [dataclasses.replace(use, reading=use.reading.every(stride)) for use in self.uses]
+            roots = None if roots is None else roots[::stride]
+        else:
+            uses = list(self.uses)
+        count = float(len(uses[0].reading) if roots is None else roots.square().sum())
         if reduce and self.positions > 1:
-            mean = torch.stack([_summed(use) for use in self.uses]).sum(0) / self.positions
-            biased = sum(use.reading.positions for use in self.uses if use.biased) / self.positions
+            mean = torch.stack([_summed(use) for use in uses]).sum(0) / self.positions
+            biased = sum(use.reading.positions for use in uses if use.biased) / self.positions
             _add_inputs(
                 total, Positions(mean.flatten(1)[:, None], self.block.groups), biased, decay, roots, diagonal
             )
             return count
-        for use in self.uses:
+        for use in uses:
             _add_inputs(total, use.reading, float(use.biased), decay, roots, diagonal)
             decay = 1.0
         return count * self.positions

@@ -43,6 +43,10 @@ class Reading(abc.ABC):
         """The inputs of some examples."""
 
     @abc.abstractmethod
+    def every(self, stride: int) -> Reading:
+        """Examples so far apart, alone; of the same memory."""
+
+    @abc.abstractmethod
     def apply(self, maps: Float[Tensor, "K g o f"], examples: slice) -> Float[Tensor, "n K g o s"]:
         """W a for K maps W."""
 
@@ -93,6 +97,9 @@ class Positions(Reading):
     def vectors(self, examples: slice) -> Tensor:
         x = self.values[examples]
         return x.reshape(*x.shape[:2], self.groups, -1).permute(0, 2, 3, 1)
+
+    def every(self, stride: int) -> Positions:
+        return Positions(self.values[::stride], self.groups)
 
     def apply(self, maps: Tensor, examples: slice) -> Tensor:
         K, g, o, f = maps.shape
@@ -175,6 +182,9 @@ class Patches(Reading):
             x.storage_offset(),
         )
         return view.reshape(len(x), self.groups, self.features, -1)
+
+    def every(self, stride: int) -> Patches:
+        return dataclasses.replace(self, images=self.images[::stride])
 
     def apply(self, maps: Tensor, examples: slice) -> Tensor:
         K, g, o, _ = maps.shape
