@@ -16,8 +16,9 @@ from natgrad.optim.watcher import Watcher
 from natgrad.steps import QuadraticModel
 from natgrad.tape import Batch, evaluate, jacobian_products
 
-# A slice has at least so many events, such as labelled images or tokens: F of fewer is mostly noise. Events of an
-# example are much alike, and batch normalisation needs two, so it has at least so many examples too.
+# A slice has at least so many events, such as labelled images or tokens: F of fewer is mostly noise. Half of them do
+# where α is a mean over slices. Events of an example are much alike, and batch normalisation needs two, so a slice has
+# at least so many examples too.
 FEWEST_EVENTS, FEWEST_EXAMPLES = 32, 8
 
 
@@ -88,10 +89,16 @@ class Probe:
 
     @classmethod
     def of(
-        cls, network: nn.Module, likelihood: Likelihood, watcher: Watcher, fraction: float, turn: int
+        cls,
+        network: nn.Module,
+        likelihood: Likelihood,
+        watcher: Watcher,
+        fraction: float,
+        turn: int,
+        events: int = FEWEST_EVENTS,
     ) -> Probe:
         """A slice of the step's micro-batches taken as one batch; consecutive turns take consecutive slices."""
-        pieces = _slices(watcher.batches, fraction, turn)
+        pieces = _slices(watcher.batches, fraction, turn, events)
         taken, total = sum(p.examples for p in pieces), sum(batch.examples for batch in watcher.batches)
         # With a mean each piece counts by its share of the slice; a sum is scaled up to the whole batch.
         mean = likelihood.reduction == "mean"
@@ -196,11 +203,11 @@ def _fisher_gram(
     )
 
 
-def _slices(batches: Sequence[Batch], fraction: float, turn: int) -> list[Batch]:
+def _slices(batches: Sequence[Batch], fraction: float, turn: int, events: int) -> list[Batch]:
     """A slice of the concatenated micro-batches, as one piece of each that it touches."""
     total = sum(batch.examples for batch in batches)
     labels = sum(_labels(batch) for batch in batches)
-    fewest = max(FEWEST_EXAMPLES, math.ceil(FEWEST_EVENTS * total / max(labels, 1)))
+    fewest = max(FEWEST_EXAMPLES, math.ceil(events * total / max(labels, 1)))
     size = min(total, max(fewest, round(fraction * total)))
     start = min(turn % -(-total // size) * size, total - size)  # windows side by side; the last may overlap
     pieces, offset = [], 0

@@ -21,7 +21,7 @@ from natgrad.optim.evaluation import (
 )
 from natgrad.optim.grafting import donor_step, grafted
 from natgrad.optim.least_squares import LeastSquaresSteps
-from natgrad.optim.model import Basis, Expansion, Probe, expand
+from natgrad.optim.model import FEWEST_EVENTS, Basis, Expansion, Probe, expand
 from natgrad.optim.moves import add, forget, go, take_back, update_of, velocity_of
 from natgrad.optim.plumbing import Vector
 from natgrad.optim.policy import Policy
@@ -191,6 +191,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             last = basis.previous_index
             self._confirm(previous, gradient)
             c = whole = size.coefficients(model, last, usual, self._unit())
+            best = max(float(whole[0]), 0.0)
             if size.steady:
                 self._pace = self._pace.after(whole[: len(parts)].tolist(), self._step)
                 whole[: len(parts)] = torch.tensor(self._pace.alphas, dtype=whole.dtype)
@@ -216,7 +217,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
                 predicted = expansion.model.change(c)
             add(update, parts, alphas, self._at)
         if not coarse:
-            seen = max(float(whole[0]), 0.0), float(model.damping[0, 0] / model.curvature[0, 0])
+            seen = best, float(model.damping[0, 0] / model.curvature[0, 0])
             self._witness = self._witness.after(*seen) if self._witness else Witness(*seen)
         record: dict[str, Any] = {
             "alpha": sum(alphas) / len(alphas),
@@ -317,11 +318,13 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         probe: Probe | None = None,
     ) -> Expansion:
         """M on a basis, with F from a slice of the step's batches."""
-        fraction = self.step_size.fraction if isinstance(self.step_size, AdaptiveStep) else 0.25
+        size = self.step_size
+        fraction, steady = (size.fraction, size.steady) if isinstance(size, AdaptiveStep) else (0.25, False)
+        events = FEWEST_EVENTS // 2 if steady else FEWEST_EVENTS
         with self._watcher.paused():
             return expand(
                 basis,
-                probe or Probe.of(self.model, self.likelihood, self._watcher, fraction, self._step),
+                probe or Probe.of(self.model, self.likelihood, self._watcher, fraction, self._step, events),
                 math.nan if loss is None else loss,
                 gradient,
                 self.damping if damping is None else damping,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 # What a mean keeps of itself at a measurement: it is over about the last (1 + KEEP)/(1 − KEEP) = 9 of them.
 KEEP = 0.8
 # The standard error of ln α below which measurements become rarer, and above which they become more frequent.
-LOW, HIGH = 0.1, 0.2
+LOW, HIGH = 0.07, 0.15
 # Steps from one measurement to the next: at most so many, and at most a quarter of all that were made.
 LONGEST, YOUTH = 5, 4
 
