@@ -178,10 +178,15 @@ def told(result: dict[str, Any]) -> str:
 
 
 def built(who: str, model: nn.Module, loss_fn: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, natgrad with a rate, or natgrad without."""
+    """AdamW, natgrad with a rate, natgrad without, or natgrad as it races."""
     if who == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if who == "tempered":
+        return natgrad.NaturalGradient(model, loss_fn, metric="tempered")
     return natgrad.NaturalGradient(model, loss_fn, lr=1e-3 if who == "fixed" else None)
+
+
+OURS = {"fixed": "with lr=", "adaptive": "without", "tempered": "tempered"}
 
 
 class Training:
@@ -216,7 +221,7 @@ def steptime(names: Sequence[str], smoke: bool, blocks: int = 6, block: int = 20
         except ConfigError as error:
             say(f"   left out: {error}")
             continue
-        runs = {who: Training(problem, who) for who in ("adamw", "fixed", "adaptive")}
+        runs = {who: Training(problem, who) for who in ("adamw", *OURS)}
         for run in runs.values():
             run.step()  # the first step allocates
         seconds: dict[str, list[float]] = {who: [] for who in runs}
@@ -224,16 +229,17 @@ def steptime(names: Sequence[str], smoke: bool, blocks: int = 6, block: int = 20
             for who, run in runs.items():
                 seconds[who].append(sum(run.step() for _ in range(block)) / block)
         result[name] = {"adamw_milliseconds": 1e3 * statistics.median(seconds["adamw"]), "seconds": seconds}
-        for who in ("fixed", "adaptive"):
+        for who in OURS:
             ratios = [ours / theirs for ours, theirs in zip(seconds[who], seconds["adamw"], strict=True)]
             result[name][who] = {
                 "amortised": sum(seconds[who]) / sum(seconds["adamw"]),
                 "median_of_blocks": statistics.median(ratios),
             }
         result[name]["goal_of_fixed"] = STEPTIME_GOAL.get(name)
-        fixed, adaptive = (result[name][who]["median_of_blocks"] for who in ("fixed", "adaptive"))
-        each = result[name]["adamw_milliseconds"]
-        say(f"   AdamW {each:.1f} ms; natgrad with lr= {fixed:.2f}×, without {adaptive:.2f}×")
+        compared = ", ".join(
+            f"{how} {result[name][who]['median_of_blocks']:.2f}×" for who, how in OURS.items()
+        )
+        say(f"   AdamW {result[name]['adamw_milliseconds']:.1f} ms; natgrad {compared}")
     if not smoke:
         write("steptime", result)
 
@@ -244,7 +250,7 @@ def memory(names: Sequence[str], smoke: bool) -> None:
     for name in names:
         say(f"── memory {name}")
         peaks: dict[str, dict[str, float]] = {}
-        for who in ("adamw", "fixed", "adaptive"):
+        for who in ("adamw", *OURS):
             command = [sys.executable, __file__, "--peak", who, name, *(["--smoke"] if smoke else [])]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -253,13 +259,11 @@ def memory(names: Sequence[str], smoke: bool) -> None:
             peaks[who] = json.loads(done.stdout.splitlines()[-1])
         else:
             for kind in ("whole", "beyond"):
-                for who in ("fixed", "adaptive"):
+                for who in OURS:
                     peaks[who][f"{kind}_ratio"] = peaks[who][kind] / peaks["adamw"][kind]
             result[name] = peaks
-            say(
-                f"   AdamW {peaks['adamw']['beyond']:.0f} MB; natgrad with lr= {peaks['fixed']['beyond_ratio']:.2f}×, "
-                f"without {peaks['adaptive']['beyond_ratio']:.2f}×"
-            )
+            compared = ", ".join(f"{how} {peaks[who]['beyond_ratio']:.2f}×" for who, how in OURS.items())
+            say(f"   AdamW {peaks['adamw']['beyond']:.0f} MB; natgrad {compared}")
     if not smoke:
         write("memory", result)
 

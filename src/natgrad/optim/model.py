@@ -203,7 +203,7 @@ def _fisher_gram(
     )
 
 
-def _slices(batches: Sequence[Batch], fraction: float, turn: int, events: int) -> list[Batch]:
+def _slices(batches: Sequence[Batch], fraction: float, turn: int, events: int = FEWEST_EVENTS) -> list[Batch]:
     """A slice of the concatenated micro-batches, as one piece of each that it touches."""
     total = sum(batch.examples for batch in batches)
     labels = sum(_labels(batch) for batch in batches)
