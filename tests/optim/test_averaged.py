@@ -10,6 +10,7 @@ from torch import nn
 
 import natgrad
 from natgrad import StepError
+from natgrad.optim.averaging import weight_of
 from tests.optim.runs import Run, batches, parameters
 
 
@@ -25,16 +26,53 @@ def oracle(iterates: list[torch.Tensor], order: float) -> torch.Tensor:
     return (weights[:, None] * torch.stack(iterates)).sum(0) / weights.sum()
 
 
+@pytest.mark.parametrize("order", [0.0, 8.0])
+@pytest.mark.parametrize("confirmed", [0.0, -0.7])
+def test_where_nothing_is_confirmed_it_is_the_weighted_mean_of_all_iterates(
+    order: float, confirmed: float
+) -> None:
+    iterates = list(torch.randn(7, 5, dtype=torch.float64))
+    mean = iterates[0]
+    for step, theta in enumerate(iterates):
+        mean = mean.lerp(theta, weight_of(step, order, confirmed))
+    torch.testing.assert_close(mean, oracle(iterates, order))
+
+
 @pytest.mark.parametrize("metric", ["kfac", "tempered"])
 @pytest.mark.parametrize("order", [0.0, 8.0])
-def test_it_is_the_weighted_mean_of_all_iterates(metric: str, order: float) -> None:
+def test_an_iterate_counts_as_its_place_or_what_was_confirmed_says(metric: str, order: float) -> None:
     run = Run.of(metric, "adaptive", lr=natgrad.AdaptiveStep(average=order))
-    iterates = [parameters(run.model)]
-    torch.testing.assert_close(shown(run), iterates[0])
-    for batch in batches(6):
+    mean, seen = parameters(run.model), []
+    torch.testing.assert_close(shown(run), mean)
+    for step, batch in enumerate(batches(8), start=1):
+        before = parameters(run.model)
         run.step(batch)
-        iterates.append(parameters(run.model))
-        torch.testing.assert_close(shown(run), oracle(iterates, order))
+        confirmation = run.optimizer._confirmation
+        seen.append(confirmation.ratio if confirmation.count else 0.0)
+        mean = mean.lerp(before, weight_of(step - 1, order, seen[-1]))
+        torch.testing.assert_close(
+            shown(run), mean.lerp(parameters(run.model), weight_of(step, order, seen[-1]))
+        )
+    assert seen[0] == 0.0
+    assert any(0 < part < 1 for part in seen)
+
+
+def test_without_noise_it_does_not_lag() -> None:
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(4, 2).double(), nn.MSELoss()
+    optimizer = natgrad.NaturalGradient(
+        model, loss_fn, lr=natgrad.AdaptiveStep(fraction=1.0), damping=natgrad.ConstantDamping(1.0)
+    )
+    x, y = torch.randn(32, 4, dtype=torch.float64), torch.randn(32, 2, dtype=torch.float64)
+    for _ in range(5):
+        before = parameters(model)
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+    here = parameters(model)
+    assert (here - before).abs().max() > 1e-3
+    with optimizer.averaged():
+        torch.testing.assert_close(parameters(model), here, rtol=1e-9, atol=1e-12)
 
 
 def test_the_parameters_come_back_to_the_last_bit_even_after_an_error() -> None:

@@ -190,7 +190,8 @@ class Plumbing(torch.optim.Optimizer):
         size = self.step_size
         if not isinstance(size, AdaptiveStep) or size.average is None:
             return None
-        return weight_of(self._step, size.average)
+        seen = self._confirmation
+        return weight_of(self._step, size.average, seen.ratio if seen.count else 0.0)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -86,8 +86,8 @@ class AdaptiveStep:
         fraction: the part of each batch on which F's products are taken.
         calm: from step `calm` on, the part of a step that is taken may fall as √(calm/t); None to take steps whole.
         growth: α is at most this multiple of its running average.
-        average: γ of the average of iterates that `optimizer.averaged()` shows: iterate t counts about as tᵞ. None to
-            keep none.
+        average: γ of the average of iterates that `optimizer.averaged()` shows: iterate t counts about as tᵞ, and more
+            where the next batch confirms nearly all of each step. None to keep none.
         steady: α is the geometric mean of its last measurements (`natgrad.steps.Pace`), and where these agree it is
             measured in every few steps only. For a fixed momentum: a free μ has to be measured with α.
     """
