@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import natgrad
 from natgrad import EKFAC, KFAC, ConfigError, Diagonal
 from natgrad.metrics import Metric
+from natgrad.metrics.factors import check_sides
 from oracle import fisher as oracle
 
 DTYPE = torch.float64
@@ -178,14 +179,16 @@ def convolution() -> tuple[nn.Module, Tensor, Tensor]:
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("build", [network, convolution])
-@pytest.mark.parametrize("largest", [1, 4, 5])
-def test_a_side_that_is_too_long_has_its_diagonal(
-    largest: int, build: Callable, sharing: str, show: Callable
+@pytest.mark.parametrize(
+    ("largest", "sides"),
+    [(1, "both"), (4, "both"), (5, "both"), (None, "inputs"), (None, "outputs"), (4, "inputs")],
+)
+def test_a_side_that_is_too_long_or_left_out_has_its_diagonal(
+    largest: int | None, sides: str, build: Callable, sharing: str, show: Callable
 ) -> None:
     model, x, y = build()
-    capped, whole = (
-        show(KFAC(kind="exact", sharing=sharing, largest=size), model, CE) for size in (largest, None)
-    )
+    capped = show(KFAC(kind="exact", sharing=sharing, largest=largest, sides=sides), model, CE)
+    whole = show(KFAC(kind="exact", sharing=sharing, largest=None), model, CE)
     for shown in (capped, whole):
         shown.observe(x, y)
         shown.observe(x + 1, y, 1)
@@ -193,7 +196,8 @@ def test_a_side_that_is_too_long_has_its_diagonal(
     expected, solved = [], {}
     for block in whole.estimate.operator().blocks:
         A, G = (
-            factor if len(factor) <= largest else factor.diagonal().diag() for factor in (block.A, block.G)
+            factor if sides in ("both", own) and len(factor) <= (largest or 99) else factor.diagonal().diag()
+            for factor, own in ((block.A, "inputs"), (block.G, "outputs"))
         )
         own = natgrad.operators.Kronecker(block.space, A, G)
         expected.append(own.to_dense())
@@ -203,12 +207,16 @@ def test_a_side_that_is_too_long_has_its_diagonal(
 
 
 @pytest.mark.parametrize("build", [network, convolution])
-@pytest.mark.parametrize("largest", [1, 4, 5])
+@pytest.mark.parametrize(
+    ("largest", "sides"),
+    [(1, "both"), (4, "both"), (5, "both"), (99, "inputs"), (99, "outputs"), (4, "inputs")],
+)
 def test_ekfac_has_the_exact_diagonal_in_a_basis_that_is_in_part_the_coordinates(
-    largest: int, build: Callable, show: Callable
+    largest: int, sides: str, build: Callable, show: Callable
 ) -> None:
     model, x, y = build()
-    shown = show(EKFAC(kind="exact", largest=largest), model, CE)
+    metric = EKFAC(kind="exact", largest=largest, sides=sides)
+    shown = show(metric, model, CE)
     shown.observe(x, y)
     F_exact = oracle.fisher(model, CE, x, y)
     start = 0
@@ -221,11 +229,11 @@ def test_ekfac_has_the_exact_diagonal_in_a_basis_that_is_in_part_the_coordinates
             block.space, block.U_A, block.U_G, torch.ones_like(block.values)
         )
         torch.testing.assert_close(flipped.to_dense(), torch.eye(size, dtype=DTYPE))
-        assert (block.U_A is None) == (block.values.shape[1] > largest)
-        assert (block.U_G is None) == (block.values.shape[0] > largest)
+        assert (block.U_A is None) == (sides == "outputs" or block.values.shape[1] > largest)
+        assert (block.U_G is None) == (sides == "inputs" or block.values.shape[0] > largest)
         if block.U_A is block.U_G is None:
             torch.testing.assert_close(block.diagonal(), own.diagonal())
-    again = show(EKFAC(kind="exact", largest=largest), model, CE).estimate
+    again = show(metric, model, CE).estimate
     again.load_state_dict(shown.estimate.state_dict())
     torch.testing.assert_close(again.operator().to_dense(), shown.dense(), rtol=0, atol=0)
 
@@ -234,3 +242,22 @@ def test_a_bound_below_one_is_refused() -> None:
     for metric in (KFAC, EKFAC):
         with pytest.raises(ConfigError, match="largest=0"):
             metric(largest=0)
+
+
+@pytest.mark.parametrize("metric", [KFAC, EKFAC])
+def test_grouped_maps_keep_both_sides(metric: type, show: Callable) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 6, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(12, C)).to(DTYPE)
+    x, y = torch.randn(N, 4, 3, dtype=DTYPE), torch.randint(C, (N,))
+    one_sided, both = (show(metric(kind="exact", sides=sides), model, CE) for sides in ("inputs", "both"))
+    for shown in (one_sided, both):
+        shown.observe(x, y)
+    numbers = sum(p.numel() for p in model[0].parameters())
+    found, expected = (shown.dense() for shown in (one_sided, both))
+    torch.testing.assert_close(found[:numbers, :numbers], expected[:numbers, :numbers])
+    assert not torch.allclose(found, expected)
+
+
+def test_an_unknown_side_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'inputs' or 'outputs'"):
+        check_sides("input")  # under pytest a metric's types are checked before it looks itself

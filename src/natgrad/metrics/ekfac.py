@@ -18,7 +18,15 @@ from natgrad.errors import StepError
 from natgrad.linalg import eigendecomposition
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind, check_power
 from natgrad.metrics.factorestimate import FactorEstimate
-from natgrad.metrics.factors import Factors, Sharing, check_examples, check_largest, check_sharing
+from natgrad.metrics.factors import (
+    Factors,
+    Sharing,
+    Sides,
+    check_examples,
+    check_largest,
+    check_sharing,
+    check_sides,
+)
 from natgrad.metrics.layers import Layer, columns_of
 from natgrad.metrics.refresh import SMALL_STEPS, Refresh
 from natgrad.metrics.squares import add_squares
@@ -51,6 +59,7 @@ class EKFAC(Metric):
             positions for A; None for all.
         sharing: which factors give the basis where positions share a weight, as in `KFAC`.
         largest: a side of more numbers has no basis but the coordinates; None for no bound.
+        sides: the sides that have a basis: "both", the "inputs" or the "outputs" alone, as in `KFAC`.
         power: p, where Δ = −(F̂ + λI)⁻ᵖ ∇h: 1 for the natural gradient, 0 for the gradient. Amari et al. 2021 (arXiv
             2006.10732) interpolate so; ½ is what Adam does with its own second moments. F̂ itself is the same for all p.
     """
@@ -63,6 +72,7 @@ class EKFAC(Metric):
     sharing: Sharing = "expand"
     largest: int | None = 8192
     power: float = 1.0
+    sides: Sides = "both"
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -72,6 +82,7 @@ class EKFAC(Metric):
         check_sharing(self.sharing)
         check_examples(self.examples)
         check_largest(self.largest)
+        check_sides(self.sides)
         check_power(self.power)
 
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
@@ -107,7 +118,9 @@ class _Kept:
 
 class _EKFACEstimate(FactorEstimate):
     def __init__(self, metric: EKFAC, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__(parameters, metric.decay, metric.examples, metric.sharing, metric.largest)
+        super().__init__(
+            parameters, metric.decay, metric.examples, metric.sharing, metric.largest, metric.sides
+        )
         self.kind, self._power = metric.kind, metric.power
         self._eigen: dict[str, _Eigen] = {}
         # Tempered steps are small, so that little moves between two looks; 20 steps between them cost accuracy.

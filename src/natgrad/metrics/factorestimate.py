@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from natgrad.metrics.average import decay_since
 from natgrad.metrics.base import Estimate, Observation
-from natgrad.metrics.factors import Factors, Sharing
+from natgrad.metrics.factors import Factors, Sharing, Sides
 from natgrad.metrics.layers import Layer, layers_of
 from natgrad.metrics.runningsquares import RunningSquares
 from natgrad.operators import BlockDiagonal, Diagonal, LinearOperator
@@ -59,9 +59,11 @@ class FactorEstimate(Estimate):
         examples: int | None,
         sharing: Sharing = "expand",
         largest: int | None = None,
+        sides: Sides = "both",
     ) -> None:
         super().__init__(parameters)
-        self._decay, self._examples, self._sharing, self._largest = decay, examples, sharing, largest
+        self._decay, self._examples = decay, examples
+        self._sharing, self._largest, self._sides = sharing, largest, sides
         self._blocks: dict[str, Factors] = {}
         self._squares = RunningSquares(self.parameters, decay)
 
@@ -160,7 +162,9 @@ class FactorEstimate(Estimate):
             space = self.space.restrict(block.names)
             like = self.parameters[block.weight]
             rows = None if self._examples is None else POSITIONS * self._examples
-            self._blocks[block.weight] = Factors(block, space, like, self._sharing, self._largest, rows)
+            self._blocks[block.weight] = Factors(
+                block, space, like, self._sharing, self._largest, self._sides, rows
+            )
             self._added(block.weight)
         return self._blocks[block.weight]
 

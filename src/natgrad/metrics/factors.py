@@ -30,6 +30,9 @@ from natgrad.tape.records import Block
 
 Sharing = Literal["expand", "reduce"]
 SHARINGS = ("expand", "reduce")
+# Which factors are kept whole: the inputs', the outputs', or both of them.
+Sides = Literal["both", "inputs", "outputs"]
+SIDES = ("both", "inputs", "outputs")
 
 
 @dataclass(eq=False)
@@ -76,6 +79,7 @@ class Factors:
         like: a tensor of the factors' dtype and device.
         sharing: what is done with positions that share the weight.
         largest: a side of more numbers has its diagonal alone.
+        sides: so has the other side than these.
         rows: at most about so many positions of a micro-batch enter A; None for all.
     """
 
@@ -86,13 +90,15 @@ class Factors:
         like: Tensor,
         sharing: Sharing = "expand",
         largest: int | None = None,
+        sides: Sides = "both",
         rows: int | None = None,
     ) -> None:
         self.block, self.space, self.sharing, self._rows = block, space, sharing, rows
         self._like = like
         grouped = block.groups > 1
         self.diagonal = tuple(
-            not grouped and largest is not None and side > largest for side in (block.columns, block.outputs)
+            not grouped and (sides == other or (largest is not None and length > largest))
+            for length, other in ((block.columns, "outputs"), (block.outputs, "inputs"))
         )
         self.as_map: Sums | None = None
         self.as_table: Sums | None = None
@@ -212,6 +218,12 @@ def check_sharing(sharing: str) -> None:
     """Raises ConfigError unless it is a known way to treat positions that share a weight."""
     if sharing not in SHARINGS:
         raise ConfigError(f"unknown sharing={sharing!r}; choose 'expand' or 'reduce'")
+
+
+def check_sides(sides: str) -> None:
+    """Raises ConfigError unless it is known which factors are to be whole."""
+    if sides not in SIDES:
+        raise ConfigError(f"unknown sides={sides!r}; choose 'both', 'inputs' or 'outputs'")
 
 
 def check_examples(examples: int | None) -> None:

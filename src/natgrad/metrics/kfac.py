@@ -18,7 +18,15 @@ from natgrad.errors import StepError
 from natgrad.linalg import Stage, eigendecomposition
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind
 from natgrad.metrics.factorestimate import FactorEstimate
-from natgrad.metrics.factors import Factors, Sharing, check_examples, check_largest, check_sharing
+from natgrad.metrics.factors import (
+    Factors,
+    Sharing,
+    Sides,
+    check_examples,
+    check_largest,
+    check_sharing,
+    check_sides,
+)
 from natgrad.metrics.refresh import SMALL_STEPS, Refresh
 from natgrad.operators import EigenKronecker, FactoredInverse, Kronecker, LinearOperator
 from natgrad.tape.records import Block
@@ -42,6 +50,9 @@ class KFAC(Metric):
             (Eschenhagen et al. 2023; see `metrics.factors`).
         largest: a factor with more rows than this is kept as its diagonal alone: the side of a vocabulary, say. None
             for no bound.
+        sides: keep both factors whole, or those of the "inputs" or the "outputs" alone, with the diagonal of the other
+            (one-sided K-FAC; Benzing 2022, arXiv 2201.12250, has the inputs' and the identity). Cheaper for long sides.
+            Grouped maps keep both.
     """
 
     kind: Kind = "mc"
@@ -51,6 +62,7 @@ class KFAC(Metric):
     examples: int | None = 512
     sharing: Sharing = "expand"
     largest: int | None = 8192
+    sides: Sides = "both"
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -60,6 +72,7 @@ class KFAC(Metric):
         check_sharing(self.sharing)
         check_examples(self.examples)
         check_largest(self.largest)
+        check_sides(self.sides)
 
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
         """An estimate for the parameters that a rule of the tape covers."""
@@ -68,7 +81,9 @@ class KFAC(Metric):
 
 class _KFACEstimate(FactorEstimate):
     def __init__(self, metric: KFAC, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__(parameters, metric.decay, metric.examples, metric.sharing, metric.largest)
+        super().__init__(
+            parameters, metric.decay, metric.examples, metric.sharing, metric.largest, metric.sides
+        )
         self.kind = metric.kind
         self._inverses: dict[str, FactoredInverse | None] = {}
         self._observing = Refresh(metric.factors)
