@@ -360,32 +360,6 @@ def test_a_fixed_step_measures_rho_if_its_damping_asks_for_it() -> None:
     assert run.optimizer.damping != rule.initial
 
 
-def test_what_has_no_forward_mode_derivative_is_said_before_anything_moves() -> None:
-    class Double(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return 2 * x
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            return 2 * g
-
-    class Custom(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = net()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Double.apply(self.inner(x))
-
-    run = Run.of("kfac", "adaptive", Custom())
-    start = parameters(run.model)
-    with pytest.raises(OutputError, match=r"forward-mode.*lr="):
-        run.step(batches(1)[0])
-    assert torch.equal(parameters(run.model), start)
-    Run.of("kfac", "fixed", Custom()).train(batches(2))
-
-
 def test_attention_has_a_forward_mode_derivative() -> None:
     class Attends(nn.Module):
         def __init__(self) -> None:

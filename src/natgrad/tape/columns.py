@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from natgrad.operators.layerrows import Use
 from natgrad.operators.readings import Positions
-from natgrad.tape.output_curvature import batched_grad
+from natgrad.tape.adjoint import batched_grad
 from natgrad.tape.records import Block
 from natgrad.tape.rules import ConvolutionGeometry, Geometry, LinearGeometry
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from natgrad.linalg import accumulate_gram
-from natgrad.tape.output_curvature import batched_grad
+from natgrad.tape.adjoint import batched_grad
 from natgrad.tape.tracking import Lookup, Terminal
 
 # Scores of so many numbers are formed at a time.

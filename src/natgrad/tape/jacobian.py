@@ -20,10 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from natgrad.errors import OutputError
+from natgrad.tape.adjoint import images_by_reverse
 from natgrad.tape.decompose import Unfused
 from natgrad.tape.substitute import call_with
 
 Outputs = tuple[Tensor, ...]
+Function = Callable[[Mapping[str, Tensor]], Outputs]
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def jacobian_products(
     tangents: Sequence[Mapping[str, Tensor]],
     find_outputs: Callable[[Any], Outputs],
 ) -> tuple[Outputs, list[Outputs]]:
-    """z and J v for several vectors v, by forward-mode differentiation.
+    """z and J v for several vectors v: by forward-mode differentiation, or in reverse where an operation has none.
 
     Args:
         parameters: name → value of the trainable parameters.
@@ -122,34 +124,59 @@ def jacobian_products(
         The outputs, and for each tangent its image, shaped like the outputs; in float32 or more.
 
     Raises:
-        OutputError: an operation of the model has no forward-mode derivative.
+        OutputError: an operation of the model has neither a forward-mode derivative nor a second one.
     """
+    state = torch.get_rng_state()
+    values = {name: value.detach() for name, value in parameters.items()}
+
+    def function(point: Mapping[str, Tensor]) -> Outputs:
+        return evaluate(model, point, batch, find_outputs, state)
+
+    try:
+        return _in_forward_mode(function, values, tangents)
+    except NotImplementedError as lacking:
+        try:
+            return _in_reverse(function, values, tangents)
+        except RuntimeError as error:
+            raise OutputError(
+                "the adaptive step needs forward-mode derivatives, or second ones, and an operation of the model has "
+                f"neither ({lacking}; {error}); give lr= to do without them"
+            ) from error
+
+
+def _in_forward_mode(
+    function: Function, values: Mapping[str, Tensor], tangents: Sequence[Mapping[str, Tensor]]
+) -> tuple[Outputs, list[Outputs]]:
     outputs: Outputs = ()
     images: list[Outputs] = []
-    state = torch.get_rng_state()
     _load_forward_mode()
     for tangent in tangents:
         # Of attention's kernels only the plain one has a forward-mode derivative; of recurrent networks' none.
         with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), Unfused():
             duals = {
-                name: forward_ad.make_dual(value.detach(), tangent[name])
-                if name in tangent
-                else value.detach()
-                for name, value in parameters.items()
+                name: forward_ad.make_dual(value, tangent[name]) if name in tangent else value
+                for name, value in values.items()
             }
-            try:
-                dual = evaluate(model, duals, batch, find_outputs, state)
-            except NotImplementedError as error:
-                raise OutputError(
-                    "the adaptive step needs forward-mode derivatives, and an operation of the model has none "
-                    f"({error}); give lr= to do without them"
-                ) from error
-            unpacked = [forward_ad.unpack_dual(z) for z in dual]
+            unpacked = [forward_ad.unpack_dual(z) for z in function(duals)]
             outputs = tuple(_full(u.primal) for u in unpacked)
             images.append(
                 tuple(_full(torch.zeros_like(u.primal) if u.tangent is None else u.tangent) for u in unpacked)
             )
     return outputs, images
+
+
+def _in_reverse(
+    function: Function, values: Mapping[str, Tensor], tangents: Sequence[Mapping[str, Tensor]]
+) -> tuple[Outputs, list[Outputs]]:
+    moving = {name: v for name, v in values.items() if any(name in tangent for tangent in tangents)}
+    leaves = {name: v.clone().requires_grad_() for name, v in moving.items()}
+    rows = {
+        name: torch.stack([tangent.get(name, torch.zeros_like(v)) for tangent in tangents])
+        for name, v in moving.items()
+    }
+    outputs, images = images_by_reverse(lambda point: function({**values, **point}), leaves, rows)
+    each = [tuple(_full(image[k]) for image in images) for k in range(len(tangents))]
+    return tuple(map(_full, outputs)), each
 
 
 def _full(value: Tensor) -> Tensor:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import bare, leaves
+from natgrad.tape.adjoint import batched_grad
 from natgrad.tape.jacobian import Outputs
 
 InOutputs = Callable[[Outputs, Outputs], Outputs]
 """H v in the outputs z: takes z, and K vectors with z's shapes after a leading axis."""
-Places = Sequence[Tensor] | Sequence[GradientEdge]
 
 
 def of_likelihood(
@@ -89,34 +86,9 @@ def of_loss(likelihood: Likelihood, targets: Any, weights: Float[Tensor, "n"] | 
     return product
 
 
-def batched_grad(
-    outputs: Places, inputs: Places, vectors: Sequence[Tensor], count: int
-) -> list[Tensor | None]:
-    """The vector-Jacobian products of K vectors; the graph is kept."""
-
-    def grad(given: Sequence[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            outputs, inputs, given, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-
-    if count > 1:
-        with contextlib.suppress(RuntimeError), loops_allowed():  # an operation may have no batched form
-            return list(grad(vectors, True))
-    each = [grad([v[k] for v in vectors], False) for k in range(count)]
-    return [None if any(g is None for g in gs) else torch.stack(gs) for gs in zip(*each, strict=True)]
-
-
 def times(value: Tensor, weights: Float[Tensor, "n"] | None, leading: int = 0) -> Tensor:
     """Each example's part of an output times its weight."""
     if weights is None:
         return value
     by_example = value.reshape(*value.shape[:leading], len(weights), -1)
     return (by_example * weights.to(value.dtype)[:, None]).reshape(value.shape)
-
-
-@contextlib.contextmanager
-def loops_allowed() -> Iterator[None]:
-    """Operations that torch can batch by a loop alone are slow, and right: no warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        yield

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from natgrad.tape.adjoint import batched_grad
 from natgrad.tape.loudness import unscaled
-from natgrad.tape.output_curvature import batched_grad
 from natgrad.tape.records import Block, LayerRecord
 from natgrad.tape.tape import Tape
 

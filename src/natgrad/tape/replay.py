@@ -22,9 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from natgrad.errors import OutputError
 from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import bare
+from natgrad.tape.adjoint import batched_grad, images_by_reverse, loops_allowed
 from natgrad.tape.decompose import Unfused
 from natgrad.tape.jacobian import Batch, Outputs, _load_forward_mode, _undisturbed
-from natgrad.tape.output_curvature import InOutputs, batched_grad, loops_allowed, times
+from natgrad.tape.output_curvature import InOutputs, times
 from natgrad.tape.output_curvature import of_likelihood as of_likelihood
 from natgrad.tape.output_curvature import of_loss as of_loss
 from natgrad.tape.output_curvature import of_signals as of_signals
@@ -205,7 +206,7 @@ class _Function:
         except RuntimeError:  # some operation has no derivative of this mode, or can't be batched
             pass
         try:
-            return self._twice_reverse(rows)
+            return images_by_reverse(self, self.leaves(), rows)
         except RuntimeError as error:
             raise OutputError(
                 "products with the curvature need forward-mode derivatives, or second ones, and an operation of the "
@@ -223,28 +224,6 @@ class _Function:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Unfused(), loops_allowed():
             z, images = torch.func.vmap(one, randomness="same")(rows)
         return tuple(part[0] for part in z), images
-
-    def _twice_reverse(self, rows: Rows) -> tuple[Outputs, Outputs]:
-        # Jᵀu is linear in u, and its derivative is J.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Unfused():
-            parameters = self.leaves()
-            z = self(parameters)
-            count = len(rows[self.names[0]])
-            images = [one.new_zeros(count, *one.shape) for one in z]
-            live = [k for k, one in enumerate(z) if one.requires_grad]
-            if live:
-                u = [_chance(z[k]).requires_grad_() for k in live]
-                values = list(parameters.values())
-                back = torch.autograd.grad(
-                    [z[k] for k in live], values, u, create_graph=True, allow_unused=True
-                )
-                used = {name: g for name, g in zip(self.names, back, strict=True) if g is not None}
-                linear = {name: g for name, g in used.items() if g.requires_grad}
-                found = batched_grad(list(linear.values()), u, [rows[name] for name in linear], count)
-                for k, one in zip(live, found, strict=True):
-                    images[k] = images[k] if one is None else one.detach()
-                _require_adjoint([images[k][0] for k in live], u, used, rows)
-        return tuple(one.detach() for one in z), tuple(images)
 
     def pulled_back(self, vectors: Outputs) -> Rows:
         """Jᵀ w for K vectors."""
@@ -270,30 +249,6 @@ class _Function:
             else g.detach()
             for name, g in zip(self.names, found, strict=True)
         }
-
-
-def _chance(like: Tensor) -> Tensor:
-    """Random numbers of a tensor's shape, without a use of the user's generator."""
-    generator = torch.Generator(device=like.device).manual_seed(0)
-    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-
-
-@torch.no_grad()
-def _require_adjoint(images: Sequence[Tensor], u: Sequence[Tensor], back: Rows, rows: Rows) -> None:
-    """Sees that ⟨Jv, u⟩ = ⟨v, Jᵀu⟩: a function that is differentiable once only drops out without a word.
-
-    Raises:
-        RuntimeError: it does not hold.
-    """
-    forward = sum(float((one * w).sum()) for one, w in zip(images, u, strict=True))
-    reverse = sum(float((rows[name][0] * g).sum()) for name, g in back.items())
-    lengths = [
-        sum(float(t.square().sum()) for t in parts) ** 0.5
-        for parts in (images, u, [rows[name][0] for name in back], back.values())
-    ]
-    scale = lengths[0] * lengths[1] + lengths[2] * lengths[3]
-    if abs(forward - reverse) > torch.finfo(u[0].dtype).eps ** 0.6 * scale:
-        raise RuntimeError("a function can be differentiated only once")
 
 
 def _state(rng_state: Tensor | None) -> Tensor:
