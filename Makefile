@@ -32,11 +32,11 @@ help: ## list the commands
 demo: $(STAMP) ## race natgrad against Adam and SGD on real digits (about two minutes), then write the report
 	@$(BIN)/natgrad demo $(ARGS)
 
-test: $(STAMP) ## run the tests, all but the slow ones
-	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+test: $(STAMP) ## run the tests, all but the slow ones; on each core a process (ARGS="-n 0": in one)
+	@$(BIN)/python -m pytest -q -n logical -m "not slow" $(ARGS)
 
 test-slow: $(STAMP) ## run the slow tests
-	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+	@$(BIN)/python -m pytest -q -n logical -m slow $(ARGS)
 
 check: $(STAMP) ## format, lint and type-check (run it before each commit)
 	@$(BIN)/ruff format $(CHECKED)
