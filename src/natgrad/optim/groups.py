@@ -33,6 +33,7 @@ class Membership:
         weight_decay: that of groups that name none.
 
     Attributes:
+        model: the model.
         groups: option dictionaries for `torch.optim.Optimizer`, with their parameters.
         members: name → member, in the model's order.
         metrics: one for each group; equal ones are one object.
@@ -45,7 +46,7 @@ class Membership:
         metric: str | Metric,
         weight_decay: float | L2,
     ) -> None:
-        self._model = model
+        self.model = model
         _refuse_flattened(model)
         names = {id(p): name for name, p in model.named_parameters()}
         entries: list[Any] = list(params) if params is not None else list(model.parameters())
@@ -123,7 +124,7 @@ class Membership:
 
     def buffers(self) -> list[Tensor]:
         """The model's buffers."""
-        return list(self._model.buffers())
+        return list(self.model.buffers())
 
     def by_metric(self) -> list[tuple[Metric, dict[str, nn.Parameter]]]:
         """Each distinct metric with all of its parameters, whichever groups they are in."""
@@ -141,7 +142,7 @@ class Membership:
     def check_unchanged(self) -> None:
         """Raises ModelChangedError if a trainable parameter joined, left or changed shape since construction."""
         present: set[int] = set()
-        for name, p in self._model.named_parameters():
+        for name, p in self.model.named_parameters():
             present.add(id(p))
             member = self.members.get(name)
             if member is not None and member.parameter is p:

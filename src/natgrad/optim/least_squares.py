@@ -21,6 +21,7 @@ from natgrad.steps import (
     AdaptiveSPRING,
     CurvedSearch,
     Decision,
+    GridSearch,
     NoiseFloor,
     half_square,
     predicted_change,
@@ -90,24 +91,29 @@ class LeastSquaresSteps(Plumbing):
 
     def _decide(self, problem: Linearised) -> Decision:
         previous = self._recall(problem.space)
-        if isinstance(self.step_size, SPRING):
-            return self._spring(self.step_size, problem, previous)
+        if isinstance(self.step_size, (SPRING, GridSearch)):
+            return self._with_rule(self.step_size, problem, previous)
         assert isinstance(self.step_size, (AdaptiveSPRING, CurvedSearch, NoneType))
         strategy = self.step_size or step_for(problem)
         return strategy.decide(
             problem, None if self._step == 0 and self._finds_damping else self.damping, previous
         )
 
-    def _spring(self, spring: SPRING, problem: Linearised, previous: Tensor | None) -> Decision:
+    def _with_rule(
+        self, strategy: SPRING | GridSearch, problem: Linearised, previous: Tensor | None
+    ) -> Decision:
+        """A step whose λ is the damping rule's."""
         rule = self.damping_rule
         damping = self.damping
         if isinstance(rule, NoiseFloor):
             damping = rule.of(problem.largest, len(problem.residuals), problem.residuals.dtype)
-        decision = spring.decide(problem, damping, previous, self._step)
+        decision = strategy.decide(problem, damping, previous, self._step)
         if not (rule.due(self._step + 1) and problem.movable and decision.update is not None):
             return decision
-        loss = half_square(problem.at(decision.update))
-        predicted = predicted_change(problem.residuals, problem.image(decision.update))
+        loss, predicted = decision.loss, decision.predicted
+        if loss is None or predicted is None:
+            loss = half_square(problem.at(decision.update))
+            predicted = predicted_change(problem.residuals, problem.image(decision.update))
         ratio = (loss - problem.loss) / predicted if predicted < 0 else math.nan
         following = rule.update(damping, ratio)
         return dataclasses.replace(decision, following=following, loss=loss, predicted=predicted)

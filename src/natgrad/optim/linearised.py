@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +20,15 @@ from natgrad.metrics.rowmetric import RowEstimate
 from natgrad.operators import ParameterSpace, Rectangular, RowOperator
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.groups import Membership
+from natgrad.optim.together import evaluated_along
 from natgrad.steps import LeastSquares, half_square
 
 Closure = Callable[[], Any]
 
 # Rows and gradients are the same sums in another order: they agree to this, relative to the largest gradient.
 AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-8}
+# What is remembered of a closure whose evaluations can't go together.
+APART = "one length at a time"
 
 
 class Linearised(LeastSquares):
@@ -59,6 +64,7 @@ class Linearised(LeastSquares):
         agreed: set[object],
     ) -> None:
         self._closure, self._likelihood, self._curvature, self._step = closure, likelihood, curvature, step
+        self._model, self._agreed = members.model, agreed
         self._random = torch.get_rng_state()
         self._blocks = self._evaluate()
         self._after = torch.get_rng_state()
@@ -75,7 +81,7 @@ class Linearised(LeastSquares):
         with curvature.reading():
             self._observe()
             self.operator = self._row_operator()
-            if self.operator is not None and not self._check_rows(agreed):
+            if self.operator is not None and not self._check_rows():
                 self._observe()
                 self.operator = self._row_operator()
         self.sharp = isinstance(self.operator, Rectangular)
@@ -106,7 +112,7 @@ class Linearised(LeastSquares):
         removed = torch.block_diag(*[_columns(block) for block in self._blocks])
         return dataclasses.replace(operator, rows=operator.rows.without(removed))
 
-    def _check_rows(self, agreed: set[object]) -> bool:
+    def _check_rows(self) -> bool:
         """Sees that the rows' Jᵀw is autograd's: that every point's residual depends on that point's inputs alone.
 
         Rows are made on that assumption. Where a layer sees its points mixed, by batch normalisation, attention over
@@ -115,7 +121,7 @@ class Linearised(LeastSquares):
         """
         assert self.operator is not None
         arrangement = tuple((b.name, tuple(b.values.shape)) for b in self._blocks)
-        if arrangement in agreed:
+        if arrangement in self._agreed:
             return True
         generator = torch.Generator(device=self.residuals.device).manual_seed(0)
         weights = torch.randn(
@@ -129,7 +135,7 @@ class Linearised(LeastSquares):
         largest = max(float(g.norm()) for g in expected.values())
         allowed = AGREEMENT.get(self.residuals.dtype, 1e-3) * largest
         wrong = [name for name, g in expected.items() if not float((found[name][0] - g).norm()) <= allowed]
-        agreed.add(arrangement)
+        self._agreed.add(arrangement)
         if not wrong:
             return True
         for tape in self._curvature.tapes:
@@ -243,19 +249,12 @@ class Linearised(LeastSquares):
         Raises:
             StepError: there are more or fewer residuals than before.
         """
-        self.move(delta)
-        torch.set_rng_state(self._random)
         try:
-            with torch.no_grad():
+            with self._trying(), torch.no_grad():
+                self.move(delta)
                 blocks = self._trial()
         except NonFiniteError:
             return None
-        finally:
-            torch.set_rng_state(self._after)
-            for name, p in self._parameters.items():
-                p.data.copy_(self._base[name])
-            for buffer, value in self._buffers:
-                buffer.copy_(value)
         before, after = ([(b.name, tuple(b.values.shape)) for b in bs] for bs in (self._blocks, blocks))
         if before != after:
             raise StepError(
@@ -263,6 +262,52 @@ class Linearised(LeastSquares):
                 "new points between steps, not inside the closure"
             )
         return _joined(blocks)
+
+    def along(self, delta: Float[Tensor, "P"], lengths: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
+        """½‖r(θ + tδ)‖² for several lengths t, together if the closure can be batched.
+
+        The least of them is looked at again by itself: a closure that holds a parameter outside the model would be
+        blind to the exchange.
+        """
+        if APART not in self._agreed:
+            losses = self._together(delta, lengths)
+            if losses is not None:
+                best = int(losses.argmin())
+                alone = half_square(self.at(lengths[best] * delta))
+                allowed = AGREEMENT.get(delta.dtype, 1e-3) * self.loss
+                if alone == losses[best] or abs(alone - float(losses[best])) <= allowed:
+                    losses[best] = alone
+                    return losses
+            self._agreed.add(APART)
+        return super().along(delta, lengths)
+
+    def _together(self, delta: Tensor, lengths: Tensor) -> Tensor | None:
+        parts = self.space.unflatten(delta)
+        direction = {name: self._rates[name] * part for name, part in parts.items()}
+        with self._trying():
+            each = evaluated_along(
+                self._model, self._closure, self._base, direction, lengths, len(self.residuals)
+            )
+        return None if each is None else lengths.new_tensor([self._loss_of(one) for one in each])
+
+    def _loss_of(self, returned: Any) -> float:
+        try:
+            return half_square(_joined(self._likelihood.blocks(returned, trained=False)))
+        except NonFiniteError:
+            return math.inf
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        """The random draws of r(θ); afterwards parameters, buffers and generator are as they were."""
+        torch.set_rng_state(self._random)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(self._after)
+            for name, p in self._parameters.items():
+                p.data.copy_(self._base[name])
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
 
     def _trial(self) -> tuple[ResidualBlock, ...]:
         with torch.set_grad_enabled(self._curvature.needs_graph):

@@ -30,6 +30,7 @@ from natgrad.steps import (
     Damping,
     FixedStep,
     Grafted,
+    GridSearch,
     NoiseFloor,
     Pace,
     Promise,
@@ -129,8 +130,8 @@ class Plumbing(torch.optim.Optimizer):
         self._seconds: dict[str, float] = {}
         self._agreed: set[object] = set()
         self._finds_damping = damping is None
-        if isinstance(self.damping_rule, NoiseFloor) and not isinstance(self.step_size, SPRING):
-            raise ConfigError("NoiseFloor goes with lr= or natgrad.SPRING on residuals")
+        if isinstance(self.damping_rule, NoiseFloor) and not isinstance(self.step_size, (SPRING, GridSearch)):
+            raise ConfigError("NoiseFloor goes with lr=, natgrad.SPRING or GridSearch on residuals")
         if on_residuals and any(group["weight_decay"] or group["l2"] for group in self._members.groups):
             raise ConfigError(
                 "the decay of weights is a residual too: return {..., 'decay': η**0.5 * θ} beside yours"

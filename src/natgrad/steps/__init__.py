@@ -5,6 +5,7 @@ from natgrad.steps.alarm import Alarm
 from natgrad.steps.confirmation import Confirmation, Promise
 from natgrad.steps.damping import ConstantDamping, Damping, LevenbergMarquardt, NoiseFloor, damping_from
 from natgrad.steps.grafted import Grafted
+from natgrad.steps.grid import GridSearch
 from natgrad.steps.pace import Pace
 from natgrad.steps.penalty import L2
 from natgrad.steps.problem import Decision, LeastSquares, half_square, predicted_change
@@ -37,6 +38,7 @@ __all__ = [
     "Decision",
     "FixedStep",
     "Grafted",
+    "GridSearch",
     "LeastSquares",
     "LevenbergMarquardt",
     "NoiseFloor",

@@ -6,6 +6,7 @@ import abc
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -48,6 +49,10 @@ class LeastSquares(abc.ABC):
     @abc.abstractmethod
     def at(self, delta: Float[Tensor, "P"]) -> Float[Tensor, "M"] | None:
         """r(θ + δ); None where it is not finite."""
+
+    def along(self, delta: Float[Tensor, "P"], lengths: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
+        """½‖r(θ + tδ)‖² for several lengths t; infinite where it is not finite."""
+        return torch.tensor([half_square(self.at(t * delta)) for t in lengths], dtype=delta.dtype)
 
 
 @dataclass(frozen=True)

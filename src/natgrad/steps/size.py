@@ -12,6 +12,7 @@ from torch import Tensor
 from natgrad.errors import ConfigError
 from natgrad.steps.adaptive_spring import AdaptiveSPRING
 from natgrad.steps.grafted import Grafted
+from natgrad.steps.grid import GridSearch
 from natgrad.steps.problem import LeastSquares
 from natgrad.steps.quadratic import QuadraticModel
 from natgrad.steps.search import CurvedSearch
@@ -202,7 +203,7 @@ def step_size_from(lr: object, momentum: float | None, tempered: bool = False) -
 
 
 # What decides a step on residuals.
-ResidualStep: TypeAlias = SPRING | AdaptiveSPRING | CurvedSearch
+ResidualStep: TypeAlias = SPRING | GridSearch | AdaptiveSPRING | CurvedSearch
 
 
 def residual_step_from(lr: object, momentum: float | None) -> ResidualStep | None:
@@ -215,8 +216,8 @@ def residual_step_from(lr: object, momentum: float | None) -> ResidualStep | Non
         return None if momentum is None else AdaptiveSPRING(momentum)
     if isinstance(lr, bool) or not isinstance(lr, (int, float)):
         raise ConfigError(
-            "lr must be a number, None, or natgrad.SPRING, AdaptiveSPRING or CurvedSearch where residuals are fitted, "
-            f"not {lr!r}"
+            "lr must be a number, None, or natgrad.SPRING, GridSearch, AdaptiveSPRING or CurvedSearch where residuals "
+            f"are fitted, not {lr!r}"
         )
     return SPRING(float(lr), momentum or 0.0)
 

@@ -12,6 +12,24 @@ from natgrad.errors import ConfigError
 from natgrad.steps.problem import Decision, LeastSquares
 
 
+def projected(
+    problem: LeastSquares, damping: float, momentum: float, previous: Float[Tensor, "P"] | None
+) -> Float[Tensor, "P"]:
+    """The minimiser δ of ‖Jδ + r‖² + λ‖δ − μδ₀‖².
+
+    Args:
+        problem: the present step's.
+        damping: λ.
+        momentum: μ.
+        previous: δ₀, or None in the first step.
+    """
+    target = -problem.residuals
+    if previous is None or momentum == 0:
+        return problem.solve(target, damping)
+    carried = momentum * previous
+    return problem.solve(target - problem.image(carried), damping) + carried
+
+
 @dataclass(frozen=True)
 class SPRING:
     """δ minimises ‖Jδ + r‖² + λ‖δ − μδ₀‖², and the step is lr·δ.
@@ -56,12 +74,7 @@ class SPRING:
             previous: δ₀, or None in the first step.
             step: how many steps were taken.
         """
-        target = -problem.residuals
-        if previous is None or self.momentum == 0:
-            delta = problem.solve(target, damping)
-        else:
-            carried = self.momentum * previous
-            delta = problem.solve(target - problem.image(carried), damping) + carried
+        delta = projected(problem, damping, self.momentum, previous)
         alpha = self.lr
         if self.corrected and self.momentum:
             alpha /= math.sqrt(1 - self.momentum ** (2 * (step + 1)))
