@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import natgrad.operators.gram as module
 from natgrad import ConfigError, NotPositiveDefiniteError
 from natgrad.linalg import Stage
-from natgrad.operators import FactoredRows, Gram
+from natgrad.operators import FactoredRows, Gram, ParameterSpace
 from natgrad.operators.layerrows import BatchRows
 from oracle.operators import DTYPE, generator, random_rows
 
@@ -192,3 +192,34 @@ def test_mixed_precision_is_kept_and_restored() -> None:
     assert all(
         torch.equal(v, again.dual_solve(target, 1.0)[n]) for n, v in mixed.dual_solve(target, 1.0).items()
     )
+
+
+@pytest.mark.parametrize("damping", [1e-14, 1e-6, 1.0])
+def test_a_step_and_its_image(damping: float) -> None:
+    """δ = Jᵀ(K + λI)⁻¹r, and J δ where it is told without another product."""
+    operator, J = few()
+    r = torch.randn(6, dtype=DTYPE, generator=generator(2))
+    step, image = operator.dual_step(r, damping)
+    delta = operator.space.flatten(step)
+    assert_close(delta, operator.space.flatten(operator.dual_solve(r, damping)), rtol=1e-8, atol=1e-12)
+    assert (image is None) == (damping < 1e-12)  # K's rounding would show: refined as ever
+    if image is not None:
+        assert_close(image, J @ delta, rtol=1e-8, atol=1e-10)
+
+
+def test_the_gradients_norm_through_the_kernel_and_where_that_has_no_digits_left() -> None:
+    operator, J = few()
+    r = torch.randn(6, dtype=DTYPE, generator=generator(2))
+    expected = pytest.approx(float((J.T @ r).norm()), rel=1e-12)
+    assert operator.gradient_norm(r) == expected
+    assert "kernel" not in vars(operator)
+    assert operator.kernel.shape == (6, 6)
+    assert operator.gradient_norm(r) == expected
+    # Two rows that differ in their tenth digit: rᵀKr, which should be 1e-20, is rounding.
+    twins = torch.randn(2, 5, dtype=DTYPE, generator=generator(3))
+    twins[1] = twins[0] + 1e-10 * twins[1]
+    space = ParameterSpace({"w": (5,)})
+    operator = Gram(FactoredRows(space, (BatchRows(1, 2, (), {"w": twins[None]}),)))
+    assert operator.kernel.shape == (2, 2)
+    r = torch.tensor([1.0, -1.0], dtype=DTYPE)
+    assert operator.gradient_norm(r) == pytest.approx(float((twins.T @ r).norm()), rel=1e-10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import final
 
 import torch
@@ -25,6 +26,8 @@ from natgrad.operators.rows import FactoredRows
 LARGEST_BYTES = 2**33
 # In mixed precision λ is at least so many times ε‖K‖ of float32, and there are at most so many iterations.
 LEAST, ITERATIONS = 10.0, 16
+# What of a step, relative to its length, rounding may change before more is done about it: λ is no better known.
+UNSEEN = 1e-4
 
 
 @final
@@ -136,6 +139,38 @@ class Gram(RowOperator):
         rest = targets - self.rows.matmul(found) - damping * weights
         correction = self.rows.rmatmul(torch.cholesky_solve(rest.mT, lower).mT)
         return {name: x.add_(correction[name]) for name, x in found.items()}
+
+    def dual_step(
+        self, targets: Float[Tensor, "M"], damping: float
+    ) -> tuple[dict[str, Tensor], Float[Tensor, "M"] | None]:
+        """Jᵀw with w = (K + λI)⁻¹ r, and J Jᵀw = r − λw: one product with J where `dual_solve` has three.
+
+        The other two make up for what K's own rounding changes, ε tr K / λ of δ or less, and are made where that is
+        more than `UNSEEN`.
+        """
+        if self._primal is not None or self.precision == "mixed" or damping == 0:
+            return super().dual_step(targets, damping)
+        if not torch.finfo(self.dtype).eps * float(self.kernel.trace()) <= UNSEEN * damping:
+            return super().dual_step(targets, damping)
+        lower, stage = self.cholesky(damping)
+        if stage is not Stage.CHOLESKY:
+            return super().dual_step(targets, damping)
+        weights = torch.cholesky_solve(targets[:, None], lower)[:, 0]
+        found = self.rows.rmatmul(weights[None])
+        return {name: x[0] for name, x in found.items()}, targets - damping * weights
+
+    def gradient_norm(self, targets: Float[Tensor, "M"]) -> float:
+        """‖Jᵀr‖: the root of rᵀKr, where K is there and the sum keeps enough of its digits.
+
+        Args:
+            targets: r, a number for each row.
+        """
+        if "kernel" in self.__dict__:
+            square = float(targets @ (self.kernel @ targets))
+            bound = float(self.kernel.trace()) * float(targets @ targets)
+            if square * UNSEEN > torch.finfo(self.dtype).eps * bound:
+                return math.sqrt(square)
+        return math.sqrt(sum(float(v.square().sum()) for v in self.rows.rmatmul(targets[None]).values()))
 
     def _mixed_solve(self, targets: Tensor, damping: float) -> Rows | None:
         """Jᵀ (K + λI)⁻¹ r by way of K in float32; None where that is no shorter way."""

@@ -74,6 +74,17 @@ class RowOperator(LinearOperator):
             )
         return {name: v[0] for name, v in self._dual_solve(targets[None], damping, float(order)).items()}
 
+    def dual_step(
+        self, targets: Float[Tensor, "M"], damping: float
+    ) -> tuple[dict[str, Tensor], Float[Tensor, "M"] | None]:
+        """δ of `dual_solve`, as well as a step needs it, and Jδ where it is known without another product.
+
+        Args:
+            targets: r, a number for each row.
+            damping: λ ≥ 0.
+        """
+        return self.dual_solve(targets, damping), None
+
     @abc.abstractmethod
     def _dual_solve(self, targets: Float[Tensor, "K M"], damping: float, order: float) -> Rows:
         """Jᵀ (JJᵀ + λI)⁺ r for K right-hand sides, or its like of another order."""

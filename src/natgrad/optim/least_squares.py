@@ -146,7 +146,7 @@ class LeastSquaresSteps(Plumbing):
             "stalled": decision.update is None,
             "damping": decision.damping,
             "alpha": decision.alpha,
-            "grad_norm": float(problem.gradient().norm()),
+            "grad_norm": problem.gradient_norm(),
             "predicted": decision.predicted,
             "actual": None if decision.loss is None else decision.loss - loss,
             "rho": None

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from natgrad.errors import NonFiniteError, StepError, announce
 from natgrad.likelihoods import ResidualBlock, Residuals
 from natgrad.metrics.rowmetric import RowEstimate
-from natgrad.operators import ParameterSpace, Rectangular, RowOperator
+from natgrad.operators import Gram, ParameterSpace, Rectangular, RowOperator
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.groups import Membership
 from natgrad.optim.together import evaluated_along
@@ -85,6 +85,8 @@ class Linearised(LeastSquares):
                 self._observe()
                 self.operator = self._row_operator()
         self.sharp = isinstance(self.operator, Rectangular)
+        self.repeats = isinstance(self.operator, Rectangular | Gram)
+        self._solved: tuple[Tensor, Tensor] | None = None
 
     def _evaluate(self) -> tuple[ResidualBlock, ...]:
         with self._curvature.recording(), _NoBackward():
@@ -186,6 +188,12 @@ class Linearised(LeastSquares):
         """∇h = Jᵀr."""
         return self._gradient
 
+    def gradient_norm(self) -> float:
+        """‖∇h‖."""
+        if isinstance(self.operator, Gram):
+            return self.operator.gradient_norm(self.residuals)
+        return float(self.gradient().norm())
+
     @functools.cached_property
     def _gradient(self) -> Tensor:
         if isinstance(self.operator, Rectangular):
@@ -196,6 +204,8 @@ class Linearised(LeastSquares):
 
     def image(self, delta: Float[Tensor, "P"]) -> Float[Tensor, "M"]:
         """Jδ."""
+        if self._solved is not None and delta is self._solved[0]:
+            return self._solved[1]
         if isinstance(self.operator, Rectangular):
             return self.operator.jacobian @ delta
         if self.operator is not None:
@@ -217,11 +227,17 @@ class Linearised(LeastSquares):
             order: as in `RowOperator.dual_solve`; of no effect for metrics that keep no rows.
         """
         if self.operator is not None:
-            solution = self.operator.dual_solve(target, damping, order)
+            image = None
+            if order == 1:
+                solution, image = self.operator.dual_step(target, damping)
+            else:
+                solution = self.operator.dual_solve(target, damping, order)
             estimate = self._curvature.estimates[0][1]
             if isinstance(estimate, RowEstimate):
                 estimate.note(self.operator, damping)
-            return self.space.flatten(solution)
+            delta = self.space.flatten(solution)
+            self._solved = None if image is None else (delta, image)
+            return delta
         gradient = self._pulled_back(target)
         direction = self._curvature.direction(gradient, dict.fromkeys(gradient, damping), self._step)
         return -self.space.flatten(

@@ -33,6 +33,8 @@ class AdaptiveSPRING:
         factor: what λ is multiplied or divided by.
         trust: below the first of these ratios λ rises, above the second it falls.
         trials: the most values of λ in one step.
+        corrected: take a second step from where the first ends, with the same J and λ (the chord method), where J's
+            factorisation is at hand.
     """
 
     momentum: float = 0.8
@@ -40,6 +42,7 @@ class AdaptiveSPRING:
     factor: float = 3.0
     trust: tuple[float, float] = (0.25, 0.75)
     trials: int = 12
+    corrected: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -69,7 +72,8 @@ class AdaptiveSPRING:
             added = problem.solve(-(r + before), damping)
             delta = added if carried is None else added + carried
             image = problem.image(added)
-            after = half_square(problem.at(delta))
+            tip = problem.at(delta)
+            after = half_square(tip)
             predicted = predicted_change(r, before + image)
             ratio = min(
                 _ratio(after - base, predicted_change(r + before, image)),
@@ -81,7 +85,14 @@ class AdaptiveSPRING:
             elif ratio > self.trust[1]:
                 damping /= self.factor
             if after < TOLERATED * loss:
-                return Decision(delta, 1.0, used, damping, delta, after, predicted)
+                update = delta
+                if self.corrected and problem.repeats and tip is not None:
+                    second = problem.solve(-tip, used)
+                    loss = half_square(problem.at(delta + second))
+                    if loss < after:  # momentum goes on without it: it makes up for how the residuals bend
+                        update, after = delta + second, loss
+                        predicted = predicted_change(r, before + image + problem.image(second))
+                return Decision(update, 1.0, used, damping, delta, after, predicted)
         return Decision(None, 0.0, used, damping, torch.zeros_like(problem.gradient()))
 
 

@@ -17,10 +17,12 @@ class LeastSquares(abc.ABC):
     Attributes:
         residuals: r, scaled so that the loss is ½‖r‖².
         sharp: whether the singular values of J are known, so that `solve` takes an order.
+        repeats: whether one more solve with the last λ costs little beside the first.
     """
 
     residuals: Float[Tensor, "M"]
     sharp: bool = False
+    repeats: bool = False
 
     @property
     @abc.abstractmethod
