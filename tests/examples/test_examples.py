@@ -108,7 +108,7 @@ def test_the_spectrum_rises_and_then_falls_with_the_loss(tmp_path: Path) -> None
 
 def test_four_equations_are_solved_by_every_method(tmp_path: Path) -> None:
     runs = main_of("equations")(seconds=0.2, n=9, rates=(1e-2,), plot=tmp_path / "a.png")
-    assert len(runs) == 4 * 5
+    assert len(runs) == 4 * 6
     assert all(math.isfinite(error) for run in runs.values() for error in run.errors)
     assert drawn(tmp_path / "a.png")
 
