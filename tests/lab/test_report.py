@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from natgrad.errors import RunError
-from natgrad.lab.figures import excess_figure
+from natgrad.lab.figures import excess_figure, tuning_figure
 from natgrad.lab.formats import duration, listed, number, operations, power, size
 from natgrad.lab.peers import Entrant, entrants
 from natgrad.lab.plan import Budget
@@ -260,7 +260,10 @@ def test_a_measure_that_may_be_zero_is_drawn_on_a_linear_axis_to_its_end(tmp_pat
     }
     summary = summarise(*read_race(write_race(tmp_path, curves, **told)))
     (axes,) = excess_figure(summary, "step").axes
-    assert axes.get_yscale() == "linear"
+    tuned = replace(summary.standings[1], trials={0.1: 9.0, 1.0: 0.0})
+    (beside,) = tuning_figure(replace(summary, standings=(summary.standings[0], tuned))).axes
+    assert [9.0, 0.0] in [list(line.get_ydata()) for line in beside.lines]
+    assert axes.get_yscale() == beside.get_yscale() == "linear"
     assert axes.get_ylim()[0] == 0
     assert axes.get_ylabel() == "Shortfall in return, points of 500"
     assert any(list(line.get_ydata()) == [480.0, 30.0, 0.0] for line in axes.lines)

@@ -229,18 +229,19 @@ def tuning_figure(summary: Summary) -> Figure | None:
     style = looks(summary)
     figure, (axes,) = _figure(5.6, 3.6)
     handles = []
+    least = 0.0 if summary.race.get("logarithmic", True) else -math.inf  # a log axis has no room for others
     worst = max((v for s in tuned for v in s.trials.values() if math.isfinite(v)), default=1.0)
     for standing in tuned:
         colour, dash = style[standing.label]
         rates = sorted(standing.trials)
-        kept = [r for r in rates if math.isfinite(standing.trials[r]) and standing.trials[r] > 0]
+        kept = [r for r in rates if math.isfinite(standing.trials[r]) and standing.trials[r] > least]
         (line,) = axes.plot(kept, [standing.trials[r] for r in kept], color=colour, linestyle=dash, marker="o", ms=4.5,
                             linewidth=1.6, label=standing.label)  # fmt: skip
         handles.append(line)
         lost = [r for r in rates if not math.isfinite(standing.trials[r])]
         axes.plot(lost, [worst] * len(lost), "x", color=colour, ms=7, mew=1.8)
     for standing in summary.standings:
-        if standing.ours and standing.rate is None and standing.excess.median > 0:
+        if standing.ours and standing.rate is None and standing.excess.median > least:
             colour, dash = style[standing.label]
             handles.insert(0, axes.axhline(standing.excess.median, color=colour, linestyle=dash, linewidth=2.4,
                                            label=f"{standing.label}, no rate"))  # fmt: skip
