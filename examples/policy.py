@@ -1,13 +1,15 @@
 """CartPole by natural policy gradient with a trust region, against the plain policy gradient with Adam.
 
-Both learners are given the same: eight whole episodes of CartPole-v1 from the present policy at a time, and the
-advantages of the actions in them (generalised advantage estimation, Schulman et al. 2016, arXiv 1506.02438, with values
-that are linear in products of the observation). One takes the step of `natgrad.TrustRegion` with its defaults; the
-other takes a step of Adam, at each learning rate of a grid. Each is run with λ = 0.95, which leans on the values, and
-with λ = 1, which leans on the rewards alone. The task is solved when the last 100 episodes brought 475 of 500 on
+All learners are given the same: 4,000 steps of CartPole-v1 from the present policy at a time, eight copies of 500, and
+the advantages of the actions in them (generalised advantage estimation, Schulman et al. 2016, arXiv 1506.02438, with
+values that are linear in products of the observation). One takes the step of `natgrad.TrustRegion`; the others take a
+step of Adam, at each learning rate of a grid. Each is run with λ = 0.95, which leans on the values, and with λ = 1,
+which leans on the rewards alone. The task is solved when 100 episodes that nobody trains on bring 475 of 500 on
 average.
 
     python examples/policy.py [--plot FILE]
+
+`natgrad race cartpole` runs the same problem.
 """
 
 from __future__ import annotations
@@ -15,65 +17,52 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import natgrad
-from natgrad.lab.extras import require
+from natgrad.lab.cartpole import LONGEST, SOLVED, CartPole, cartpole
 
-EPISODES = 8  # a batch
-LONGEST = 500  # CartPole-v1's limit of steps, and with a reward of 1 a step the best return
-DISCOUNT = 0.99  # γ
 LAMBDAS = (0.95, 1.0)
-SOLVED = 475.0
 RATES = (0.01, 0.02, 0.05, 0.1)
 OURS = "natural gradient"
 
-Update = Callable[["Rollout", Tensor], None]
-
-
-class Rollout(NamedTuple):
-    """Whole episodes side by side, T steps at most; `alive` says which steps of the rectangle happened."""
-
-    observations: Tensor  # [T + 1, episodes, 4], the last ones too
-    actions: Tensor  # [T, episodes]
-    alive: Tensor  # [T, episodes]
-    fell: Tensor  # [T, episodes]; an episode that the limit cut did not
-
-    def flat(self) -> tuple[Tensor, Tensor]:
-        """Observations [N, 4] and actions [N] of the steps that happened."""
-        return self.observations[:-1][self.alive], self.actions[self.alive]
+Update = Callable[[Any], Any]  # what a policy's own steps in the environment are drawn with
+Learner = Callable[[nn.Module, CartPole], Update]
 
 
 class Run(NamedTuple):
     """What one learner did on one seed."""
 
     samples: list[int]  # steps of the environment, after each batch
-    returns: list[float]  # the mean return of the last 100 episodes
+    returns: list[float]  # the mean return of 100 episodes
     solved: float  # how many samples it took; infinite where it never was
 
 
 def main(
-    seeds: Sequence[int] = (3, 4, 5),
+    seeds: Sequence[int] = (4, 5, 6, 7, 8),
     samples: int = 150_000,
     rates: Sequence[float] = RATES,
     lambdas: Sequence[float] = LAMBDAS,
     plot: Path | None = None,
 ) -> dict[tuple[str, float], list[Run]]:
     """Trains both and prints the table; returns the runs by learner and λ."""
-    learners = {OURS: trust_region} | {f"Adam, {rate:g}": adam(rate) for rate in rates}
+    problem = cartpole()
+    learners: dict[str, Learner] = {OURS: trust_region} | {f"Adam, {rate:g}": adam(rate) for rate in rates}
     print(f"samples until {SOLVED:.0f} of {LONGEST} on average over 100 episodes, of at most {samples:,}\n")
-    print(f"{'':<18}{'λ':>6}{'median':>10}   {'each seed':<30}{'return at the end':>18}")
+    print(f"{'':<18}{'λ':>6}{'median':>10}   {'each seed':<42}{'return at the end':>18}")
     runs: dict[tuple[str, float], list[Run]] = {}
     for name, learner in learners.items():
         for weight in lambdas:
-            found = runs[name, weight] = [run(learner, weight, seed, samples) for seed in seeds]
+            variant = replace(problem, weight=weight)
+            found = runs[name, weight] = [run(variant, learner, seed, samples) for seed in seeds]
             each = ", ".join(count(r.solved) for r in found)
             last = statistics.median(r.returns[-1] for r in found)
-            print(f"{name:<18}{weight:>6g}{count(median(found)):>10}   {each:<30}{last:>18.1f}")
+            print(f"{name:<18}{weight:>6g}{count(median(found)):>10}   {each:<42}{last:>18.1f}", flush=True)
     if plot:
         draw(runs, samples, plot)
     return runs
@@ -84,29 +73,23 @@ def median(runs: Sequence[Run]) -> float:
     return statistics.median(run.solved for run in runs)
 
 
-def trust_region(model: nn.Module) -> Update:
+def trust_region(model: nn.Module, problem: CartPole) -> Update:
     """The natural policy gradient."""
     optimizer = natgrad.NaturalGradient(
-        model, natgrad.Categorical(), metric="exact", lr=natgrad.TrustRegion(kl=0.01)
+        model, natgrad.Categorical(), metric="exact", lr=natgrad.TrustRegion(kl=0.02), damping=1e-2
     )
-
-    def update(rollout: Rollout, advantages: Tensor) -> None:
-        optimizer.step(natgrad.policy(model, *rollout.flat(), advantages))
-
-    return update
+    return lambda batch: optimizer.step(problem.residuals_of(model, batch))
 
 
-def adam(rate: float) -> Callable[[nn.Module], Update]:
+def adam(rate: float) -> Learner:
     """The plain policy gradient."""
 
-    def learner(model: nn.Module) -> Update:
+    def learner(model: nn.Module, problem: CartPole) -> Update:
         optimizer = torch.optim.Adam(model.parameters(), lr=rate)
 
-        def update(rollout: Rollout, advantages: Tensor) -> None:
-            observations, actions = rollout.flat()
-            loss = nn.functional.cross_entropy(model(observations), actions, reduction="none") @ advantages
+        def update(batch: Any) -> None:
             optimizer.zero_grad()
-            (loss / len(advantages)).backward()
+            problem.loss(model, None, batch).backward()
             optimizer.step()
 
         return update
@@ -114,73 +97,18 @@ def adam(rate: float) -> Callable[[nn.Module], Update]:
     return learner
 
 
-def run(learner: Callable[[nn.Module], Update], weight: float, seed: int, samples: int) -> Run:
-    """One learner on one seed, with advantages of one λ, until so many samples are used up."""
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
-    update = learner(model)
-    classic = require("gymnasium.envs.classic_control.cartpole", "the environment")
-    environment = classic.CartPoleVectorEnv(num_envs=EPISODES)
-    environment.reset(seed=seed)
-    baseline, used, returns = torch.zeros(15), 0, []
-    curve = Run([], [], float("inf"))
-    while used < samples:
-        rollout = play(environment, model, generator)
-        features = features_of(rollout.observations)
-        values = features @ baseline
-        advantages = advantages_of(rollout, values, weight)
-        # For the next batch: on this one it would have seen the very rewards.
-        baseline = fit(features[:-1][rollout.alive], (advantages + values[:-1])[rollout.alive])
-        advantages = advantages[rollout.alive]
-        update(rollout, (advantages - advantages.mean()) / advantages.std())
-        used += int(rollout.alive.sum())
-        returns += rollout.alive.sum(0).tolist()
+def run(problem: CartPole, learner: Learner, seed: int, samples: int) -> Run:
+    """One learner on one seed, until so many samples are used up."""
+    model = problem.build(seed)
+    update, curve = learner(model, problem), Run([], [], float("inf"))
+    each = problem.examples_a_step
+    for used, batch in zip(range(each, samples + 1, each), problem.batches(each, seed), strict=False):
+        update(batch)
         curve.samples.append(used)
-        curve.returns.append(statistics.fmean(returns[-100:]))
-        if len(returns) >= 100 and curve.returns[-1] >= SOLVED:
+        curve.returns.append(LONGEST - problem.judge(model)["excess"])
+        if curve.returns[-1] >= SOLVED:
             curve = curve._replace(solved=min(curve.solved, used))
     return curve
-
-
-def play(environment, model: nn.Module, generator: torch.Generator) -> Rollout:
-    """One episode in each of the environments, all from the present policy."""
-    observation, _ = environment.reset()
-    alive = torch.ones(environment.num_envs, dtype=torch.bool)
-    observations, steps = [torch.as_tensor(observation)], []
-    with torch.no_grad():
-        while alive.any():
-            actions = torch.multinomial(model(observations[-1]).softmax(1), 1, generator=generator)[:, 0]
-            observation, _, ended, cut, _ = environment.step(actions.numpy())
-            observations.append(torch.as_tensor(observation))
-            fell = alive & torch.as_tensor(ended)
-            steps.append((actions, alive, fell))
-            alive = alive & ~fell & ~torch.as_tensor(cut)
-    return Rollout(torch.stack(observations), *(torch.stack(parts) for parts in zip(*steps, strict=True)))
-
-
-def advantages_of(rollout: Rollout, values: Tensor, weight: float) -> Tensor:
-    """Σ_k (γλ)ᵏ [r + γV(s′) − V(s)]_{t+k}: with a reward of 1 for each step; λ is the weight."""
-    surprises = 1 + DISCOUNT * values[1:] * ~rollout.fell - values[:-1]
-    total, found = torch.zeros(values.shape[1]), []
-    for surprise, now in zip(surprises.flip(0), rollout.alive.flip(0), strict=True):
-        total = now * (surprise + DISCOUNT * weight * total)
-        found.append(total)
-    return torch.stack(found[::-1])
-
-
-def features_of(observations: Tensor) -> Tensor:
-    """What the values are linear in: the observation's numbers, their products, and one."""
-    x = observations.clamp(-5, 5)
-    first, second = torch.triu_indices(4, 4)
-    return torch.cat([x, x[..., first] * x[..., second], torch.ones_like(x[..., :1])], dim=-1)
-
-
-def fit(features: Tensor, values: Tensor) -> Tensor:
-    """Least squares with a small ridge."""
-    X = features.double()
-    ridge = 1e-5 * torch.eye(X.shape[1], dtype=X.dtype)
-    return torch.linalg.solve(X.mT @ X / len(X) + ridge, X.mT @ values.double() / len(X)).float()
 
 
 def count(samples: float) -> str:
@@ -189,7 +117,7 @@ def count(samples: float) -> str:
 
 
 def draw(runs: dict[tuple[str, float], list[Run]], samples: int, path: Path) -> None:
-    """Returns against samples: ours at its better λ, and Adam at every rate with the better λ of each."""
+    """Returns against samples: ours and Adam at every rate, each at its better λ; the median runs, and all of ours."""
     from matplotlib.figure import Figure
 
     from natgrad.lab.figures import FAINT, styled
@@ -202,7 +130,7 @@ def draw(runs: dict[tuple[str, float], list[Run]], samples: int, path: Path) -> 
     ]
     shades = iter(("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#7A7A7A"))
     with styled():
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        figure = Figure(figsize=(7.2, 4.7), layout="constrained")
         axes = figure.subplots()
         for key in reversed(best):
             ours = key[0] == OURS
@@ -218,9 +146,10 @@ def draw(runs: dict[tuple[str, float], list[Run]], samples: int, path: Path) -> 
         axes.set_xlim(0, samples)
         axes.set_ylim(0, 1.02 * LONGEST)
         axes.set_xlabel("steps of the environment")
-        axes.set_ylabel("return, mean of the last 100 episodes")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_ylabel("return, mean of 100 episodes")
         handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1], loc="lower right")
+        figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=3)
         figure.savefig(path, dpi=150)
 
 

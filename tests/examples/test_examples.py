@@ -86,12 +86,12 @@ def test_standard_errors_of_a_poisson_regression_are_those_of_statsmodels(tmp_pa
 def test_a_trust_region_learns_to_balance_the_pole(tmp_path: Path) -> None:
     pytest.importorskip("gymnasium")
     runs = main_of("policy")(
-        seeds=(3,), samples=12_000, rates=(0.02,), lambdas=(0.95,), plot=tmp_path / "a.png"
+        seeds=(3,), samples=24_000, rates=(0.02,), lambdas=(0.95,), plot=tmp_path / "a.png"
     )
     (ours,), (adam,) = runs["natural gradient", 0.95], runs["Adam, 0.02", 0.95]
-    assert ours.returns[0] < 40
+    assert ours.samples == adam.samples == [4_000, 8_000, 12_000, 16_000, 20_000, 24_000]
     assert ours.returns[-1] > 100
-    assert adam.returns[-1] > 60
+    assert ours.returns[-1] > 1.5 * adam.returns[-1] > 1.5 * adam.returns[0]
     assert drawn(tmp_path / "a.png")
 
 
@@ -108,7 +108,7 @@ def test_the_spectrum_rises_and_then_falls_with_the_loss(tmp_path: Path) -> None
 
 def test_four_equations_are_solved_by_every_method(tmp_path: Path) -> None:
     runs = main_of("equations")(seconds=0.2, n=9, rates=(1e-2,), plot=tmp_path / "a.png")
-    assert len(runs) == 4 * 5
+    assert len(runs) == 4 * 6
     assert all(math.isfinite(error) for run in runs.values() for error in run.errors)
     assert drawn(tmp_path / "a.png")
 

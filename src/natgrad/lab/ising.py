@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from natgrad.lab.extras import require
-from natgrad.lab.problem import Closure, Task
+from natgrad.lab.problem import LossFn, Stepped, Task
 from natgrad.optim import reconfigure
 
 
@@ -103,6 +103,8 @@ class SpinChain(Task):
     exact: float
     measure: str = "relative error of the energy"
     unit: str = ""
+    things: str = "samples"
+    sampled: bool = True
 
     @property
     def examples(self) -> int:
@@ -138,7 +140,7 @@ class SpinChain(Task):
         kept, counts = rows.unique(return_counts=True)
         return s[kept], local_energies(model, s[kept], self.field), counts
 
-    def loss(self, model: nn.Module, loss_fn: nn.Module | None, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
         """The energy, with the gradient 2⟨(E − ⟨E⟩) ∂ log ψ⟩."""
         s, energies, counts = self.drawn(model, batch)
         share = counts / counts.sum().double()
@@ -146,7 +148,7 @@ class SpinChain(Task):
         surrogate = (2 * share * (energies - mean) * model(s)).sum()
         return mean + surrogate - surrogate.detach()
 
-    def residuals_of(self, model: nn.Module, batch: Any) -> Closure:
+    def residuals_of(self, model: nn.Module, batch: Any) -> Stepped:
         """Stochastic reconfiguration on the step's samples."""
         s, energies, counts = self.drawn(model, batch)
         return reconfigure(model, s, energies, counts.double())

@@ -7,6 +7,7 @@ gets neither.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import time
@@ -20,9 +21,9 @@ from torch import nn
 import natgrad
 from natgrad.errors import ConfigError, UnknownNameError
 from natgrad.lab.extras import require
-from natgrad.lab.problem import Task
+from natgrad.lab.problem import LossFn, Task
 
-Build = Callable[[nn.Module, "nn.Module | None", "float | None", int], torch.optim.Optimizer]
+Build = Callable[..., torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Entrant:
     Attributes:
         name: what the user types.
         label: what figures and tables say.
-        build: function (model, loss_fn, rate, seed) → optimiser.
+        build: function (model, loss_fn, rate, seed) → optimiser; natgrad's takes settings by keyword, too.
         rate: the learning rate, or None for an optimiser that finds its own.
         pinned: True where the user fixed the rate (``adam@3e-4``): no grid for it then.
         ours: True for natgrad's own.
@@ -78,17 +79,16 @@ def share_of_rate(spent: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (spent - rise) / (1 - rise)))
 
 
-def _natgrad(metric: str, of_residuals: str | None = None, **settings: Any) -> Build:
+def _natgrad(metric: str, elsewhere: str | None = None) -> Build:
+    """With a metric for losses, and perhaps another one for residuals and policies."""
+
     def build(
-        model: nn.Module, loss_fn: nn.Module | None, rate: float | None, seed: int
+        model: nn.Module, loss_fn: LossFn, rate: float | None, seed: int, **settings: Any
     ) -> torch.optim.Optimizer:
+        chosen = metric if isinstance(loss_fn, nn.Module) else elsewhere or metric
+        settings = {"lr": rate, **settings}
         made: torch.optim.Optimizer = natgrad.NaturalGradient(
-            model,
-            loss_fn,
-            metric=metric if loss_fn is not None else of_residuals or metric,
-            lr=rate,
-            seed=seed,
-            **settings,
+            model, loss_fn, metric=chosen, seed=seed, **settings
         )
         return made
 
@@ -96,9 +96,7 @@ def _natgrad(metric: str, of_residuals: str | None = None, **settings: Any) -> B
 
 
 def _torch(name: str, **options: Any) -> Build:
-    def build(
-        model: nn.Module, loss_fn: nn.Module | None, rate: float | None, seed: int
-    ) -> torch.optim.Optimizer:
+    def build(model: nn.Module, loss_fn: LossFn, rate: float | None, seed: int) -> torch.optim.Optimizer:
         parameters = [p for p in model.parameters() if p.requires_grad]
         made: torch.optim.Optimizer = getattr(torch.optim, name)(parameters, lr=rate, **options)
         return made
@@ -155,25 +153,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
-def _muon(
-    model: nn.Module, loss_fn: nn.Module | None, rate: float | None, seed: int
-) -> torch.optim.Optimizer:
+def _muon(model: nn.Module, loss_fn: LossFn, rate: float | None, seed: int) -> torch.optim.Optimizer:
     assert rate is not None
     return MuonWithAdamW(model, rate)
 
 
-def _soap(
-    model: nn.Module, loss_fn: nn.Module | None, rate: float | None, seed: int
-) -> torch.optim.Optimizer:
+def _soap(model: nn.Module, loss_fn: LossFn, rate: float | None, seed: int) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     soap = require("pytorch_optimizer", "SOAP", extra="peers").SOAP
     made: torch.optim.Optimizer = soap(parameters, lr=rate)
     return made
 
 
-def _lbfgs(
-    model: nn.Module, loss_fn: nn.Module | None, rate: float | None, seed: int
-) -> torch.optim.Optimizer:
+def _lbfgs(model: nn.Module, loss_fn: LossFn, rate: float | None, seed: int) -> torch.optim.Optimizer:
     return torch.optim.LBFGS(
         [p for p in model.parameters() if p.requires_grad],
         history_size=100, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe",
@@ -183,12 +175,10 @@ def _lbfgs(
 _ENTRANTS: dict[str, Entrant] = {
     entrant.name: entrant
     for entrant in (
-        Entrant("natgrad", "natgrad", _natgrad("kfac", of_residuals="exact"), ours=True),
+        Entrant("natgrad", "natgrad", _natgrad("kfac", elsewhere="exact"), ours=True),
         Entrant("natgrad-kfac", "natgrad, K-FAC", _natgrad("kfac"), ours=True),
         Entrant("natgrad-diagonal", "natgrad, diagonal", _natgrad("diagonal"), ours=True),
-        Entrant(
-            "natgrad-tempered", "natgrad, tempered", _natgrad("tempered", of_residuals="exact"), ours=True
-        ),
+        Entrant("natgrad-tempered", "natgrad, tempered", _natgrad("tempered", elsewhere="exact"), ours=True),
         Entrant("natgrad-dense", "natgrad, dense", _natgrad("dense"), ours=True),
         Entrant("adam", "Adam", _torch("Adam"), rate=1e-3),
         Entrant("adamw", "AdamW", _torch("AdamW"), rate=1e-3),
@@ -222,10 +212,10 @@ def entrants(wanted: Iterable[str], problem: Task) -> tuple[Entrant, ...]:
             )
         elif entrant.rate is not None:
             entrant = entrant.at(problem.rates.get(name, entrant.rate))
-        elif entrant.name == "natgrad" and problem.settings:
+        elif entrant.ours and problem.settings:
             rest = dict(problem.settings)
-            rate = rest.pop("lr")
-            build = _natgrad("kfac", of_residuals="exact", **rest)
+            rate = rest.pop("lr") if isinstance(rest["lr"], float) else None
+            build = functools.partial(entrant.build, **rest)
             entrant = replace(entrant, build=build, rate=rate, pinned=True)
         chosen.append(entrant)
     if not chosen:
@@ -258,7 +248,7 @@ def unavailable(entrant: Entrant, batches: bool = False) -> str | None:
         batches: whether each step takes other examples than the one before.
     """
     if entrant.evaluates and batches:
-        return "its line search needs the same examples in each step (a --batch-size of all of them)"
+        return "its line search needs the same examples in each step"
     if entrant.name == "soap" and importlib.util.find_spec("pytorch_optimizer") is None:
         return 'SOAP is pytorch_optimizer\'s: pip install "natgrad[peers]"'
     if entrant.name != "muon":

@@ -6,7 +6,8 @@ There are two kinds. A `Problem` has inputs and targets and a `torch.nn` loss; i
 
 where `floor` is the least value that the loss can take (the entropy of the data, or a known optimum), so that an
 excess of zero is perfection and a logarithmic axis means something. A `ResidualProblem` has residuals and a known
-solution; it is measured by the relative error of what was found. (`natgrad.lab.ising` has a third kind.)
+solution; it is measured by the relative error of what was found. Two more draw a step's examples from the model
+itself: `natgrad.lab.ising` and `natgrad.lab.cartpole`.
 """
 
 from __future__ import annotations
@@ -23,17 +24,22 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from natgrad.errors import ConfigError, EmptyError
+from natgrad.likelihoods import Likelihood
+from natgrad.optim import Policy
 
 Score = Callable[[Tensor, Tensor], Tensor]
 Residuals = dict[str, Tensor]
-Closure = Callable[[], Any]  # what `NaturalGradient.step` takes: gives residuals, or scores
+LossFn = nn.Module | Likelihood | None
+Stepped = (
+    Callable[[], Any] | Policy
+)  # what `NaturalGradient.step` takes: gives residuals or scores, or is a policy
 _AT_ONCE = 1000  # examples of a pass that measures
 _OF_NORMS = 2000  # examples that BatchNorm's averages are taken over
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Task(abc.ABC):
-    """What both kinds of problem have.
+    """What all kinds of problem have.
 
     Attributes:
         name: short name, used for folders.
@@ -42,13 +48,17 @@ class Task(abc.ABC):
             seeded too before the call, so a factory may ignore its argument.
         measure: what progress is measured by.
         unit: unit of the measure, such as ``"nats per image"``; "" for a pure number.
+        yardstick: what a measure other than the excess is taken against.
+        things: what a step takes some of.
+        sampled: whether these are drawn from the model as it stands, so that each learner has its own.
+        logarithmic: whether the measure is drawn so; not where it may well become zero.
         floor: what was subtracted from the loss.
         target: the measure that the race is timed to; None means that nobody is timed.
         steps: how long a race lasts, unless the user says otherwise.
         seconds: the same in seconds, and instead of steps, for optimisers whose steps differ much in length.
         evaluate_every: steps between two evaluations (the first ones lie closer).
         rates: peer → the learning rate that it gets without ``--tune``, found by a search on this problem.
-        settings: what natgrad is given besides its metric: nothing, but where its step needs a rate.
+        settings: what natgrad is given besides its metric: nothing, but where its step needs a rate or a strategy.
         schedule: whether the peers' rates rise over the first twentieth of the run and fall to zero along a cosine,
             as they are used in practice; constant otherwise.
     """
@@ -58,13 +68,17 @@ class Task(abc.ABC):
     make_model: Callable[[int], nn.Module]
     measure: str = "excess"
     unit: str = "nats"
+    yardstick: str = "the known solution"
+    things: str = "examples"
+    sampled: bool = False
+    logarithmic: bool = True
     floor: float = 0.0
     target: float | None = None
     steps: int = 200
     seconds: float | None = None
     evaluate_every: int = 10
     rates: Mapping[str, float] = field(default_factory=dict)
-    settings: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     schedule: bool = False
 
     def __post_init__(self) -> None:
@@ -89,7 +103,7 @@ class Task(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def likelihood(self) -> nn.Module | None:
+    def likelihood(self) -> LossFn:
         """The loss, as `natgrad.NaturalGradient` takes it: None for residuals. Each run needs its own copy."""
 
     @property
@@ -102,11 +116,11 @@ class Task(abc.ABC):
         """What steps `start`, `start` + 1, … take: a function of the seed alone, so a run can resume anywhere."""
 
     @abc.abstractmethod
-    def loss(self, model: nn.Module, loss_fn: nn.Module | None, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
         """The scalar that is trained, with its graph."""
 
-    def residuals_of(self, model: nn.Module, batch: Any) -> Closure | None:
-        """The closure that natgrad steps on; None where it takes part in the ordinary loop."""
+    def residuals_of(self, model: nn.Module, batch: Any) -> Stepped | None:
+        """What natgrad steps on, residuals or a policy; None where it takes part in the ordinary loop."""
         return None
 
     @abc.abstractmethod
@@ -174,10 +188,10 @@ class Problem(Task):
         for rows in epochs(self.examples, size, seed, start):
             yield inputs[rows], targets[rows]
 
-    def loss(self, model: nn.Module, loss_fn: nn.Module | None, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
         """The loss of a batch."""
         inputs, targets = batch
-        assert loss_fn is not None
+        assert isinstance(loss_fn, nn.Module)
         return loss_fn(model(inputs), targets)
 
     @torch.no_grad()
@@ -231,6 +245,7 @@ class ResidualProblem(Task):
     fresh: bool = False
     measure: str = "relative error"
     unit: str = ""
+    things: str = "residuals"
     schedule: bool = True
 
     @property
@@ -258,11 +273,11 @@ class ResidualProblem(Task):
             yield points
             step += 1
 
-    def loss(self, model: nn.Module, loss_fn: nn.Module | None, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
         """½ Σ_b mean r_b², which is natgrad's, too."""
         return sum_of_squares(self.residuals(model, batch))
 
-    def residuals_of(self, model: nn.Module, batch: Any) -> Closure:
+    def residuals_of(self, model: nn.Module, batch: Any) -> Stepped:
         """The residuals."""
         return functools.partial(self.residuals, model, batch)
 

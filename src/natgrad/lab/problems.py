@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.errors import ConfigError, NatgradError, UnknownNameError
-from natgrad.lab import data, equations, fitting, ising
+from natgrad.lab import cartpole, data, equations, fitting, ising
 from natgrad.lab.networks import (
     CharTransformer,
     ResNet,
@@ -200,6 +200,7 @@ REGISTRY: dict[str, Callable[[], Task]] = {
     "mgh10": fitting.nist_mgh10,
     "linear-gaussian": fitting.linear_gaussian,
     "ising": ising.ising,
+    "cartpole": cartpole.cartpole,
 }
 STUDIES = ("two-coordinates",)  # raced along a flow rather than against peers: natgrad.lab.coordinates
 

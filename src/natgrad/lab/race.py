@@ -31,7 +31,7 @@ from natgrad.errors import (
 from natgrad.lab.live import SILENT, View
 from natgrad.lab.peers import Entrant, neighbour, share_of_rate, unavailable
 from natgrad.lab.plan import Budget, Leg
-from natgrad.lab.problem import Problem, Task
+from natgrad.lab.problem import LossFn, Problem, Task
 from natgrad.lab.runs import Record, RunFolder, read_race, write_json
 from natgrad.optim import NaturalGradient
 
@@ -66,7 +66,8 @@ class Race:
     def __post_init__(self) -> None:
         examples = self.problem.examples
         if self.batch_size is not None and not isinstance(self.problem, Problem):
-            raise ConfigError(f"{self.problem.name!r} takes all its residuals in each step: no batch size")
+            each = f"{self.problem.examples_a_step:,} {self.problem.things}"
+            raise ConfigError(f"a step of {self.problem.name!r} takes {each}: no batch size")
         if not 1 <= self.examples_a_step <= examples:
             raise ConfigError(
                 f"batch size {self.batch_size} must lie between 1 and the {examples} training examples"
@@ -86,7 +87,7 @@ class Race:
     @property
     def batches(self) -> bool:
         """Whether each step takes other examples than the one before."""
-        return self.examples_a_step < self.problem.examples
+        return self.problem.sampled or self.examples_a_step < self.problem.examples
 
     def run(self, view: View = SILENT) -> dict[str, Record]:
         """Runs what is not finished yet.
@@ -176,6 +177,8 @@ class Race:
                 "problem": problem.name, "title": problem.title, "measure": problem.measure,
                 "unit": problem.unit, "floor": problem.floor, "target": target, "examples": problem.examples,
                 "scores": list(problem.scored), "schedule": problem.schedule,
+                "yardstick": problem.yardstick, "things": problem.things, "sampled": problem.sampled,
+                "logarithmic": problem.logarithmic, "settings": [f"{k}={v!r}" for k, v in problem.settings.items()],
                 "parameters": sum(p.numel() for p in problem.build(self.seeds[0]).parameters()),
                 "batch_size": self.examples_a_step, "steps": self.budget.steps, "seconds": self.budget.seconds,
                 "seeds": sorted({*before.get("seeds", []), *self.seeds}),
@@ -282,7 +285,7 @@ def _step(
     entrant: Entrant,
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
-    loss_fn: nn.Module | None,
+    loss_fn: LossFn,
     batch: Any,
 ) -> float:
     """One step, as the optimiser wants to be called; the loss before it."""
@@ -314,7 +317,7 @@ def _shown(problem: Task, state: Record, loss: float) -> float:
 
 def _prepared(
     problem: Task, leg: Leg, checkpoint: Record | None
-) -> tuple[nn.Module, nn.Module | None, torch.optim.Optimizer]:
+) -> tuple[nn.Module, LossFn, torch.optim.Optimizer]:
     """Model, loss and optimiser of a leg: as new, or as a checkpoint left them."""
     model, loss_fn = problem.build(leg.seed), copy.deepcopy(problem.likelihood)
     optimizer = leg.entrant.build(model, loss_fn, leg.entrant.rate, leg.seed)

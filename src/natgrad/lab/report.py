@@ -15,10 +15,10 @@ from typing import Any
 
 from natgrad.errors import RunError
 from natgrad.lab import figures
-from natgrad.lab.formats import number, power
+from natgrad.lab.formats import listed, number, power
 from natgrad.lab.runs import Record, read_json, read_race
 from natgrad.lab.study import Study, studies_from
-from natgrad.lab.summary import Summary, measure, summarise, table
+from natgrad.lab.summary import Summary, measure, noun, summarise, table, titled
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,26 @@ def _race_page(folder: Path) -> str:
     bands = f"Median of {seeds} seeds; the band is their range." if seeds > 1 else "One seed."
     target = "" if race.get("target") is None else " Dots mark where the target was reached."
     excess = measure(race) == "excess"
-    what, things = ("Loss", "examples") if excess else ("Error", "residuals")
-    told = "Excess over the least possible loss" if excess else measure(race).capitalize()
+    what = "Loss" if excess else noun(race).capitalize()
+    told = "Excess over the least possible loss" if excess else titled(race)
     plates = [
         Plate("loss-vs-seconds", f"{what} against seconds",
               f"{told}. The clock runs while an optimiser trains. {bands}{target}",
               figures.excess_figure(summary, "seconds")),
         Plate("loss-vs-steps", f"{what} against steps",
-              f"The same runs, counted in steps of {race['batch_size']:,} {things}. {bands}{target}",
+              f"The same runs, counted in steps of {race['batch_size']:,} {_things(race)}. {bands}{target}",
               figures.excess_figure(summary, "step")),
     ]  # fmt: skip
     adaptation = figures.adaptation_figure(summary)
     if adaptation is not None:
+        given = race.get("settings")
+        rule = (
+            f"with {listed(given)}" if given else "and μ the momentum that minimise the local quadratic model"
+        )
         plates.append(
-            Plate("adaptation", "What natgrad chose for itself",
-                  "λ is the damping in (F + λI)⁻¹, α the step size and μ the momentum that minimise the local "
-                  "quadratic model, ρ the actual decrease over the one that the model predicted.",
+            Plate("adaptation", "The steps that natgrad took" if given else "What natgrad chose for itself",
+                  f"λ is the damping in (F + λI)⁻¹, α the step size {rule}, ρ the actual decrease over the one that "
+                  "the model predicted.",
                   adaptation, wide=True)
         )  # fmt: skip
     tuning = figures.tuning_figure(summary)
@@ -112,7 +116,7 @@ def _setting(summary: Summary) -> str:
     taken = (
         f"batches of {race['batch_size']:,} out of {race['examples']:,}"
         if measure(race) == "excess"
-        else f"{race['batch_size']:,} residuals a step"
+        else f"{race['batch_size']:,} {_things(race)} a step"
     )
     return (
         f"{title}: {race['parameters']:,} parameters, {taken}, "
@@ -120,12 +124,15 @@ def _setting(summary: Summary) -> str:
     )
 
 
+def _things(race: Record) -> str:
+    return str(race.get("things", "examples" if measure(race) == "excess" else "residuals"))
+
+
 def _table(summary: Summary) -> str:
     heads, rows = table(summary)
     target = summary.race.get("target")
     race = summary.race
-    told = f"Excess in {race['unit']}" if measure(race) == "excess" else measure(race).capitalize()
-    caption = told + ("" if target is None else f"; target {number(target)}")
+    caption = titled(race) + ("" if target is None else f"; target {number(target)}")
     if len(summary.race["seeds"]) > 1:
         caption += "; medians over seeds, ranges in brackets"
     head = "".join(f"<th scope=col>{_text(h)}</th>" for h in heads)
@@ -152,14 +159,22 @@ def _method(summary: Summary) -> str:
         "Excess is the loss on the training set less the least value it can take "
         f"({number(race['floor'])} {_text(race['unit'])} here)."
         if measure(race) == "excess"
-        else f"What is measured is the {_text(measure(race))}, against the known solution."
+        else f"What is measured is the {_text(measure(race))}, against "
+        f"{_text(race.get('yardstick', 'the known solution'))}."
+    )
+    average = "natgrad’s adaptive steps are judged at the average of iterates that the optimiser keeps. "
+    average = "" if race.get("settings") else average
+    same = (
+        f"draws its {_text(_things(race))} from its own model by the same random numbers"
+        if race.get("sampled")
+        else "sees the same batches in the same order"
     )
     if race.get("schedule"):
         told += " Peers’ rates rise over the first twentieth of a run and fall to zero along a cosine."
     return (
         "<section class=notes><h2>How it was measured</h2><p>For each seed every optimiser starts from the same "
-        "weights and sees the same batches in the same order. Seconds count forward pass, backward pass and step, not "
-        "evaluation. natgrad’s adaptive steps are judged at the average of iterates that the optimiser keeps. "
+        f"weights and {same}. Seconds count forward pass, backward pass and step, not "
+        f"evaluation. {average}"
         f"{told} Times to target are interpolated between evaluations; "
         "“÷ best peer” divides by the best of all peers in that column, so below 1 is better than every peer, and "
         "&lt; or &gt; give the bound that is known where one side did not reach the target.</p></section>"

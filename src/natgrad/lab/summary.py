@@ -59,6 +59,18 @@ def measure(race: Record) -> str:
     return str(race.get("measure", "excess"))
 
 
+def noun(race: Record) -> str:
+    """The measure in one word: excess, error, …"""
+    words = measure(race).split()
+    return next((word for word in words if word in ("excess", "error")), words[0])
+
+
+def titled(race: Record, joint: str = " in ") -> str:
+    """The measure with its unit, as a heading or a label begins."""
+    unit = f"{joint}{race['unit']}" if race["unit"] else ""
+    return f"{measure(race)[0].upper()}{measure(race)[1:]}{unit}"
+
+
 def amount(race: Record, value: float) -> str:
     """An excess of 0.01 nats per image; a relative L2 error of 10⁻⁵."""
     article = "an" if measure(race)[0] in "aeiou" else "a"
@@ -153,7 +165,10 @@ def _remarks(race: Record, standings: list[Standing], runs: Sequence[Run]) -> li
         remarks.append(
             f"The best rate of {listed(edge)} is at the edge of its grid: a better one may lie beyond."
         )
-    if any(s.ours and s.rate is None for s in standings):
+    given = race.get("settings")
+    if given and any(s.ours for s in standings):
+        remarks.append(f"natgrad was given {listed(given)}, chosen for this problem beforehand.")
+    elif any(s.ours and s.rate is None for s in standings):
         remarks.append("natgrad was given no learning rate and nothing else to tune.")
     for standing in standings:
         if standing.trouble:
@@ -217,8 +232,7 @@ def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     race = summary.race
     target = race.get("target")
     chosen = [c for c in COLUMNS if target is not None or ("target" not in c[0] and "peer" not in c[0])]
-    end = "excess at the end" if measure(race) == "excess" else "error at the end"
-    heads = ["optimiser", "rate", *(head for head, _ in chosen[:-1]), end]
+    heads = ["optimiser", "rate", *(head for head, _ in chosen[:-1]), f"{noun(race)} at the end"]
     scored = bool(race.get("scores")) and any(s.score is not None for s in summary.standings)
     if scored:
         heads.append(f"test {race['scores'][0]}")
