@@ -24,6 +24,7 @@ from natgrad.information import Divergence, fisher, ggn, hessian, kl, length
 from natgrad.likelihoods import (
     Bernoulli,
     Categorical,
+    CrossEntropyLoss,
     DiagonalLikelihood,
     Gaussian,
     HeteroscedasticGaussian,
@@ -83,6 +84,7 @@ __all__ = [
     "ConvergenceWarning",
     "Coverage",
     "CoverageWarning",
+    "CrossEntropyLoss",
     "CurvedSearch",
     "Damping",
     "Dense",
