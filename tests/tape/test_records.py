@@ -142,6 +142,30 @@ class Packed(nn.Module):
         return torch.tanh(torch.cat(parts, 1))
 
 
+class InputSlices(nn.Module):
+    """Columns of one weight, on different things: what is concatenated need not be."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.w, self.b, self.how = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(4)), how
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 5]
+        w, b = self.w, self.b
+        if self.how == "linear":
+            part = F.linear(x[:, :2], w[:, :2], b) + F.linear(x[:, 2:].sin(), w[:, 2:])
+        elif self.how == "split":
+            part = sum(F.linear(x.narrow(1, k, c.shape[1]), c) for k, c in zip((0, 2), w.split([2, 3], 1)))
+        elif self.how == "block":  # of rows and of columns; some belong to no call
+            part = F.linear(x[:, :3], w[1:3, 1:4], b[1:3]) + (x @ w.T)[:, :2]
+        elif self.how == "one-column":
+            part = F.linear(x[:, :1], w[:, 3:4]) + F.linear(x, w[2:3, :]) + x[:, 1:2] @ w[1:2, 4:].T
+        elif self.how == "input-first":  # rows of a weight that has its input first
+            part = x[:, :3] @ w[:3, 1:] + torch.mm(x[:, 3:4].cos(), w[3:])[:, :4]
+        else:
+            part = (w[:, 1:3] @ x[:, :2].mT).mT
+        return torch.tanh(part)
+
+
 class Products(nn.Module):
     """Matrix products; a weight that is stored with its input axis first is a linear map too."""
 
@@ -342,6 +366,7 @@ ATTENTION = {
     "zero": ("self", {"add_zero_attn": True}),
 }
 PACKED = ("chunk", "split", "slice", "one-row", "view")
+INPUT_SLICES = ("linear", "split", "block", "one-column", "input-first", "columns")
 PRODUCTS = {
     "operator": (5, 3),
     "functions": (5, 3),
@@ -355,6 +380,7 @@ PRODUCTS = {
 
 CASES = {
     **{f"packed-{how}": Case(lambda how=how: Packed(how), (5, 3)) for how in PACKED},
+    **{f"input-slices-{how}": Case(lambda how=how: InputSlices(how), (6, 5)) for how in INPUT_SLICES},
     **{
         f"products-{how}": Case(lambda how=how: Products(how.removesuffix("-of-tokens")), shape)
         for how, shape in PRODUCTS.items()
@@ -474,7 +500,7 @@ def test_records_give_the_per_example_gradients(name: str) -> None:
             torch.testing.assert_close(rows[parameter], own)
         else:
             assert not own.any()  # no output depends on it
-            assert name.startswith(("detour", "packed-", "products-"))
+            assert name.startswith(("detour", "packed-", "products-", "input-slices-"))
     assert not tape.uncovered
 
 

@@ -47,17 +47,6 @@ class Transposed(nn.Module):
         return torch.tanh(self.linear(x)) @ self.linear.weight
 
 
-class InputSlice(nn.Module):
-    """A weight of which a call uses some columns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x[:, :2], self.linear.weight[:, :2], self.linear.bias)
-
-
 class Strided(nn.Module):
     """Every second row of a weight, and a slice of a bias that belongs to other rows."""
 
@@ -68,6 +57,17 @@ class Strided(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = x @ self.linear.weight[::2].T
         return F.linear(hidden, self.last.weight[:2], self.last.bias[2:])
+
+
+class SlimInput(nn.Module):
+    """A convolution of some of the channels that its kernel is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x[:, :1], self.conv.weight[:, :1], self.conv.bias)
 
 
 class Scaled(nn.Module):
@@ -191,11 +191,7 @@ CASES = {
     "einsum": (Einsum, real(5, 3), {"scale": "einsum"}),
     "both": (Both, real(5, 3), {"linear.weight": "mul beside a linear map"}),
     "transposed": (Transposed, real(5, 3), {"linear.weight": "matmul"}),
-    "input-slice": (
-        InputSlice,
-        real(5, 3),
-        {"linear.weight": "linear", "linear.bias": "linear"},
-    ),
+    "slim-input": (SlimInput, real(5, 2, 4), {"conv.weight": "conv1d", "conv.bias": "conv1d"}),
     "strided": (
         Strided,
         real(5, 3),

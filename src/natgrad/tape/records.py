@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.tape.rules import Geometry
+from natgrad.tape.geometry import Geometry
 
 
 @dataclass(frozen=True)
