@@ -207,7 +207,7 @@ class _EKFACEstimate(FactorEstimate):
     def _block(self, weight: str) -> EigenKronecker:
         eigen, factors = self._eigen[weight], self._blocks[weight]
         S = eigen.total / factors.examples
-        return EigenKronecker(factors.space, eigen.U_A, eigen.U_G, S, factors.block.transposed)
+        return EigenKronecker(factors.space, eigen.U_A, eigen.U_G, S, **factors.layout)
 
     def operator(self) -> LinearOperator:
         self._settle()

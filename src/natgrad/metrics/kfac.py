@@ -136,9 +136,7 @@ class _KFACEstimate(FactorEstimate):
 
     def _inverse(self, weight: str, damping: float) -> FactoredInverse:
         factors = self._blocks[weight]
-        return FactoredInverse(
-            factors.space, *factors.averages(), damping, transposed=factors.block.transposed
-        )
+        return FactoredInverse(factors.space, *factors.averages(), damping, **factors.layout)
 
     def _invert(self, damping: float, step: int) -> None:
         self.stages = {}
@@ -173,9 +171,7 @@ class _KFACEstimate(FactorEstimate):
             factors.load_state_dict(saved)
             if saved["inverse"] is not None:
                 identity_A, identity_G = map(_identity, saved["inverse"])
-                inverse = FactoredInverse(
-                    factors.space, identity_A, identity_G, 0.0, transposed=factors.block.transposed
-                )
+                inverse = FactoredInverse(factors.space, identity_A, identity_G, 0.0, **factors.layout)
                 inverse.A_inverse.copy_(saved["inverse"][0])
                 inverse.G_inverse.copy_(saved["inverse"][1])
                 self._inverses[weight] = inverse
@@ -189,14 +185,14 @@ def _product(factors: Factors) -> LinearOperator:
     """A ⊗ G of one block; in the eigenbasis of the other factor where one is a diagonal."""
     A, G = factors.averages()
     if A.ndim > 1 and G.ndim > 1:
-        return Kronecker(factors.space, A, G, factors.block.transposed)
+        return Kronecker(factors.space, A, G, **factors.layout)
     (a, U_A), (g, U_G) = (
         (factor, None)
         if factor.ndim == 1
         else eigendecomposition(factor, layer=factors.space.label, factor=side)
         for factor, side in ((A, "A"), (G, "G"))
     )
-    return EigenKronecker(factors.space, U_A, U_G, g[:, None] * a, factors.block.transposed)
+    return EigenKronecker(factors.space, U_A, U_G, g[:, None] * a, **factors.layout)
 
 
 def _identity(like: Tensor) -> Tensor:

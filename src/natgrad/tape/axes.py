@@ -133,8 +133,12 @@ class _Met:
     def is_open(self, examples: int) -> bool:
         """Whether the shape leaves open where examples are."""
         geometry = self.act.geometry if isinstance(self.act, Call) else None
-        known = isinstance(geometry, LinearGeometry) and geometry.examples_second
-        return not known and candidates(self.sizes, examples) not in ([], [FIRST])
+        found = candidates(self.sizes, examples)
+        if isinstance(geometry, LinearGeometry) and geometry.examples_second:
+            return False
+        if isinstance(geometry, LinearGeometry) and geometry.groups > 1:
+            return bool(found)  # experts may have been handed as many tokens as there are examples
+        return found not in ([], [FIRST])
 
 
 def _places(tape: Tape, examples: int) -> Iterator[tuple[Place, _Met]]:

@@ -35,6 +35,8 @@ def outputs_of(use: Use, place: Place, parameter: Tensor) -> int:
         place: which part of the map its weight is.
         parameter: the source of the weight.
     """
+    if place.flat and use.outputs is not None:
+        return use.outputs
     return parameter.shape[1] * use.geometry.groups if place.transposed else parameter.shape[0]
 
 
@@ -52,7 +54,10 @@ def call_of(
         examples_second: whether positions come before examples.
     """
     groups = block.groups
-    rows = use.weight.shape[1 if use.transposed else 0] * (groups if use.transposed else 1)
+    if use.outputs is not None:
+        rows = use.outputs
+    else:
+        rows = use.weight.shape[1 if use.transposed else 0] * (groups if use.transposed else 1)
     read = use.weight.numel() * groups // rows
     geometry = use.geometry.within(
         (place.start, block.outputs * groups - place.start - rows),

@@ -48,6 +48,29 @@ class Geometry(abc.ABC):
 
 
 @dataclass(frozen=True)
+class Arrangement:
+    """How the axes of a tensor become positions, and one axis of features.
+
+    Attributes:
+        order: for each axis that is wanted, which one it is; −1 for one that the tensor has not, and is constant along.
+        sizes: how long they are.
+        positions: how many of them are positions; the others are features.
+    """
+
+    order: tuple[int, ...]
+    sizes: tuple[int, ...]
+    positions: int
+
+    def __call__(self, x: Tensor) -> Float[Tensor, "*positions f"]:
+        """The tensor so arranged."""
+        x = x.permute([k for k in self.order if k >= 0])
+        for place, k in enumerate(self.order):
+            if k < 0:
+                x = x.unsqueeze(place)
+        return x.expand(self.sizes).reshape(*self.sizes[: self.positions], -1)
+
+
+@dataclass(frozen=True)
 class LinearGeometry(Geometry):
     """y = x Wᵀ + b over any leading dimensions; positions that share the weight are summed over.
 
@@ -56,6 +79,8 @@ class LinearGeometry(Geometry):
         examples_second: a position comes first, and then an example, as in recurrent networks and attention.
         before: how many positions come before an example, where `tape.axes` found it out.
         unread: how many inputs the map has before and after those of this call, which used a slice of the weight.
+        read: how the input's axes are arranged, where vectors are not simply its last axis.
+        written: likewise the result's.
     """
 
     name: str = "linear"
@@ -65,16 +90,23 @@ class LinearGeometry(Geometry):
     examples_second: bool = False
     before: int | None = None
     unread: tuple[int, int] = (0, 0)
+    read: Arrangement | None = None
+    written: Arrangement | None = None
 
     def vectors(self, raw: Tensor) -> Float[Tensor, "*positions f"]:
-        """An input or a result with its vectors last."""
-        return raw.mT if self.columns and raw.dim() > 1 else raw
+        """An input with its vectors last."""
+        return self._arranged(raw, self.read)
 
     def inputs(self, raw: Tensor, examples: int) -> Float[Tensor, "batch shared f"]:
         return _widened(self._by_example(self.vectors(raw), examples), self.unread)
 
     def signals(self, raw: Tensor, examples: int) -> Float[Tensor, "batch shared f"]:
-        return _widened(self._by_example(self.vectors(raw), examples), self.beside)
+        return _widened(self._by_example(self._arranged(raw, self.written), examples), self.beside)
+
+    def _arranged(self, raw: Tensor, arrangement: Arrangement | None) -> Tensor:
+        if arrangement is not None:
+            return arrangement(raw)
+        return raw.mT if self.columns and raw.dim() > 1 else raw
 
     def _by_example(self, x: Tensor, examples: int) -> Tensor:
         if self.before is None and not self.examples_second:
@@ -89,7 +121,7 @@ class LinearGeometry(Geometry):
         return replace(self, beside=beside, unread=unread)
 
     def unbatched(self, raw: Tensor) -> bool:
-        return raw.dim() == 1
+        return raw.dim() == 1 if self.read is None else self.read.positions == 0
 
 
 @dataclass(frozen=True)
@@ -163,7 +195,9 @@ class Use:
         bias: likewise.
         raw_input: what the weight multiplied.
         geometry: how that becomes rows.
-        transposed: the weight has its input axis first.
+        transposed: the weight has its input axis first; its input axes, as it is stored, if it has more than two.
+        outputs: how many outputs the map has, of all groups, where axes of the weight are one; None where its shape
+            says so.
     """
 
     weight: Tensor
@@ -171,6 +205,17 @@ class Use:
     raw_input: Tensor
     geometry: Geometry
     transposed: bool = False
+    outputs: int | None = None
+
+
+def source(tensor: Tensor) -> Tensor:
+    """What a tensor is a view of; itself if it is none."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def stored(tensor: Tensor) -> list[int]:
+    """A tensor's axes in the order in which they lie in memory."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 def _by_example(x: Tensor, examples: int) -> Tensor:

@@ -14,16 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from natgrad.tape.geometry import ConvolutionGeometry, LinearGeometry, Use
+from natgrad.tape.contractions import CONTRACTIONS
+from natgrad.tape.contractions import matmul as stacked
+from natgrad.tape.geometry import ConvolutionGeometry, LinearGeometry, Use, source
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | None:
     return Use(weight, bias, input, LinearGeometry()) if weight.dim() == 2 else None
-
-
-def source(tensor: Tensor) -> Tensor:
-    """What a tensor is a view of; itself if it is none."""
-    return tensor if tensor._base is None else tensor._base
 
 
 def _is_map(tensor: Any) -> bool:
@@ -34,7 +31,9 @@ def _is_map(tensor: Any) -> bool:
 def _matmul(input: Tensor, other: Tensor, **_: Any) -> Use | None:
     if _is_map(other):
         return Use(other, None, input, LinearGeometry("matmul"), transposed=True)
-    return Use(input, None, other, LinearGeometry("matmul", columns=True)) if _is_map(input) else None
+    if _is_map(input):
+        return Use(input, None, other, LinearGeometry("matmul", columns=True))
+    return stacked(input, other)
 
 
 def _mm(input: Tensor, mat2: Tensor, **_: Any) -> Use | None:
@@ -114,6 +113,7 @@ def _transposed_convolution(spatial: int) -> Callable[..., Use]:
 
 
 RULES: dict[Callable[..., Tensor], Callable[..., Use | None]] = {
+    **CONTRACTIONS,
     F.linear: _linear,
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,

@@ -20,10 +20,10 @@ from natgrad.tape.columns import LayerColumns, send_back
 from natgrad.tape.decompose import POSITIONS_FIRST, audible_parts_of
 from natgrad.tape.elements import ElementColumns
 from natgrad.tape.finite import require_finite
-from natgrad.tape.geometry import Use
+from natgrad.tape.geometry import Use, source
 from natgrad.tape.loudness import loudness, unscaled
 from natgrad.tape.records import Block, LayerRecord
-from natgrad.tape.rules import RULES, source
+from natgrad.tape.rules import RULES
 from natgrad.tape.tracking import Terminal, Tracker, UnexplainedError, tensors_in
 from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, transforms, unwrapped
 from natgrad.tape.views import is_part, places
@@ -331,13 +331,12 @@ class Tape:
         if weight is None:
             return False
         parameter, known = source(use.weight), self.blocks.get(weight)
-        place = next(
-            (p for p in places(use, parameter) if known is None or p.transposed == known.transposed), None
-        )
-        groups = use.geometry.groups
-        if place is None or (known is not None and known.groups != groups):
+        place = next((p for p in places(use, parameter) if known is None or p.fits(known)), None)
+        if place is None:
             return False
-        outputs = outputs_of(use, place, parameter)
+        groups, outputs = use.geometry.groups, outputs_of(use, place, parameter)
+        if known is not None and (known.groups, known.outputs * groups) != (groups, outputs):
+            return False
         bias = None if use.bias is None else self._name(use.bias)
         if use.bias is not None and bias is not None:
             fits = is_part(use.bias, source(use.bias), place.start, outputs)
@@ -350,7 +349,14 @@ class Tape:
         if known is None:
             inputs = parameter.numel() // outputs
             known = Block(
-                weight, bias, use.geometry.name, groups, inputs, outputs // groups, place.transposed
+                weight,
+                bias,
+                use.geometry.name,
+                groups,
+                inputs,
+                outputs // groups,
+                place.transposed,
+                place.flat,
             )
             self.blocks[weight] = known
         if isinstance(result, Tensor) and result.requires_grad:

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from natgrad.tape.geometry import LinearGeometry, Use
+from natgrad.tape.geometry import LinearGeometry, Use, stored
+from natgrad.tape.records import Block
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,17 @@ class Place:
         start: the first row.
         transposed: the parameter is stored with its input axis first.
         column: the first column.
+        flat: axes of the parameter are one in the map (see `linalg.kronecker`).
     """
 
     start: int
     transposed: bool
     column: int = 0
+    flat: bool = False
+
+    def fits(self, block: Block) -> bool:
+        """Whether a block's map is laid out so."""
+        return (self.transposed, self.flat) == (block.transposed, block.flat)
 
 
 def places(use: Use, parameter: Tensor) -> Iterator[Place]:
@@ -39,7 +46,14 @@ def places(use: Use, parameter: Tensor) -> Iterator[Place]:
         parameter: the source of the call's weight.
     """
     weight = use.weight
-    if not isinstance(use.geometry, LinearGeometry):
+    if use.outputs is not None:
+        whole = weight.numel() == parameter.numel() and weight.permute(stored(weight)).is_contiguous()
+        if whole and parameter.is_contiguous():
+            shape = (
+                (parameter.shape[0], use.outputs) if use.transposed else (use.outputs, parameter[0].numel())
+            )
+            yield Place(0, use.transposed, flat=use.geometry.groups > 1 or parameter.shape != shape)
+    elif not isinstance(use.geometry, LinearGeometry):
         if weight.shape == parameter.shape and weight.stride() == parameter.stride():
             yield Place(0, use.transposed)
         elif not use.transposed and use.geometry.groups == 1 and weight.dim() == parameter.dim():
