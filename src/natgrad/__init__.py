@@ -64,6 +64,7 @@ from natgrad.steps import (
     GridSearch,
     LevenbergMarquardt,
     NoiseFloor,
+    RelativeDamping,
     TrustRegion,
 )
 
@@ -116,6 +117,7 @@ __all__ = [
     "ParameterSpace",
     "Poisson",
     "Rectangular",
+    "RelativeDamping",
     "Residuals",
     "RunError",
     "Scores",

@@ -63,6 +63,7 @@ class KFAC(Metric):
     sharing: Sharing = "expand"
     largest: int | None = 8192
     sides: Sides = "both"
+    by_layer = True
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -136,7 +137,10 @@ class _KFACEstimate(FactorEstimate):
 
     def _inverse(self, weight: str, damping: float) -> FactoredInverse:
         factors = self._blocks[weight]
-        return FactoredInverse(factors.space, *factors.averages(), damping, **factors.layout)
+        A, G = factors.averages()
+        return FactoredInverse(
+            factors.space, A, G, self.damping_of(damping, _mean_eigenvalue(A, G)), **factors.layout
+        )
 
     def _invert(self, damping: float, step: int) -> None:
         self.stages = {}
@@ -145,7 +149,8 @@ class _KFACEstimate(FactorEstimate):
             if inverse is None:
                 inverse = self._inverses[weight] = self._inverse(weight, damping)
             else:
-                inverse.refresh(*factors.averages(), damping)
+                A, G = factors.averages()
+                inverse.refresh(A, G, self.damping_of(damping, _mean_eigenvalue(A, G)))
             stages = {side: s.value for side, s in inverse.stages.items() if s is not Stage.CHOLESKY}
             if stages:
                 self.stages[weight] = stages
@@ -193,6 +198,12 @@ def _product(factors: Factors) -> LinearOperator:
         for factor, side in ((A, "A"), (G, "G"))
     )
     return EigenKronecker(factors.space, U_A, U_G, g[:, None] * a, **factors.layout)
+
+
+def _mean_eigenvalue(A: Tensor, G: Tensor) -> Tensor:
+    """That of A ⊗ G, over all groups."""
+    a, g = ((t if t.ndim == 1 else t.diagonal(dim1=-2, dim2=-1)).mean(-1) for t in (A, G))
+    return (a * g).mean()
 
 
 def _identity(like: Tensor) -> Tensor:
