@@ -24,6 +24,7 @@ from natgrad.information import Divergence, fisher, ggn, hessian, kl, length
 from natgrad.likelihoods import (
     Bernoulli,
     Categorical,
+    CrossEntropyLoss,
     DiagonalLikelihood,
     Gaussian,
     HeteroscedasticGaussian,
@@ -63,6 +64,7 @@ from natgrad.steps import (
     GridSearch,
     LevenbergMarquardt,
     NoiseFloor,
+    RelativeDamping,
     TrustRegion,
 )
 
@@ -83,6 +85,7 @@ __all__ = [
     "ConvergenceWarning",
     "Coverage",
     "CoverageWarning",
+    "CrossEntropyLoss",
     "CurvedSearch",
     "Damping",
     "Dense",
@@ -114,6 +117,7 @@ __all__ = [
     "ParameterSpace",
     "Poisson",
     "Rectangular",
+    "RelativeDamping",
     "Residuals",
     "RunError",
     "Scores",

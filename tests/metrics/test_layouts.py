@@ -136,6 +136,54 @@ class WrittenRecurrent(nn.Module):
         return self.head(h)
 
 
+class Heads(nn.Module):
+    """Weights with an axis for the heads, as many of them as numbers in a head's vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 2, 2)), nn.Parameter(torch.randn(2, 2, 2))
+        self.head = nn.Parameter(torch.randn(2, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 3]
+        hidden = torch.tanh(torch.einsum("btd,dhk->bhtk", x, self.up))
+        tokens = torch.tanh(torch.einsum("bhtk,hkd->btd", hidden, self.down))
+        return torch.einsum("bd,dc->bc", tokens.sum(1), self.head)
+
+
+class MergedHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
+        self.head = nn.Linear(2, CLASSES, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.down(torch.tanh(self.up(x)))).sum(1))
+
+
+class Experts(nn.Module):
+    """Each expert's own map of all tokens, and of what it made of them; two as wide as they are deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 3, 3)), nn.Parameter(torch.randn(2, CLASSES, 3))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 3]
+        tokens = x.flatten(0, 1).expand(2, -1, -1)
+        made = torch.bmm(torch.tanh(torch.bmm(tokens, self.up)), self.down.mT)
+        return made.sum(0).view(*x.shape[:2], CLASSES).sum(1)
+
+
+class GroupedConvolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Conv2d(6, 6, 1, groups=2, bias=False)
+        self.down = nn.Conv2d(6, 2 * CLASSES, 1, groups=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.down(torch.tanh(self.up(x.mT.repeat(1, 2, 1)[..., None])))
+        return made.unflatten(1, (2, CLASSES)).sum((1, 3, 4))
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two ways to write one function.
@@ -188,6 +236,25 @@ PAIRS = {
         (4, 3),
         {f"cell.{kind}_{side}h_l0": (f"{side}.{kind}", same) for side in "ih" for kind in ("weight", "bias")}
         | HEAD,
+    ),
+    "heads": Pair(
+        Heads,
+        MergedHeads,
+        (2, 3),
+        {
+            "up": ("up.weight", lambda w: w.mT.unflatten(1, (2, 2))),
+            "down": ("down.weight", lambda w: w.mT.unflatten(0, (2, 2))),
+            "head": ("head.weight", lambda w: w.mT),
+        },
+    ),
+    "experts": Pair(
+        Experts,
+        GroupedConvolutions,
+        (2, 3),
+        {
+            "up": ("up.weight", lambda w: w.view(2, 3, 3).mT),
+            "down": ("down.weight", lambda w: w.view(2, CLASSES, 3)),
+        },
     ),
     "products": Pair(
         Products,

@@ -74,6 +74,56 @@ def test_a_layer_goes_as_far_as_adam_along_the_natural_gradient(metric: str) -> 
         assert torch.nn.functional.cosine_similarity(ours, delta, dim=0) == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("metric", ["kfac", "ekfac", "tempered", "diagonal"])
+def test_a_factor_of_the_loss_changes_nothing(metric: str) -> None:
+    """As with Adam; λ in nats per parameter² would be another share of F."""
+    nets = model(), model()
+    for net, loss in zip(nets, (CE, nn.CrossEntropyLoss(reduction="sum"))):
+        optimizer = natgrad.NaturalGradient(net, loss, metric=metric, lr=Grafted(lr=0.01, eps=1e-20))
+        for step in range(4):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            loss(net(x), y).backward()
+            optimizer.step()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters()):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("metric", ["kfac", "ekfac", "diagonal"])
+def test_relative_damping_counts_a_layers_mean_eigenvalues(metric: str) -> None:
+    x, y = batch(0)
+    directions = []
+    for relative in (True, False):
+        net = model()[3]
+        optimizer = natgrad.NaturalGradient(
+            net, CE, metric=metric, lr=1.0, damping=natgrad.RelativeDamping(0.3) if relative else 1.0
+        )
+        CE(net(torch.tanh(x @ torch.ones(2, 5, dtype=DTYPE))), y).backward()
+        estimate = optimizer._curvature.estimates[0][1]
+        gradient = {name: p.grad.clone() for name, p in net.named_parameters()}
+        optimizer.step()
+        parts = [[name] for name in gradient] if metric == "diagonal" else [list(gradient)]
+        own: dict[str, Tensor] = {}
+        for names in parts:
+            mean = estimate.operator().restrict(names).trace() / sum(gradient[n].numel() for n in names)
+            found = estimate.attempt(gradient, 0.3 if relative else 0.3 * float(mean), 1)
+            own |= {name: found[name] for name in names}
+        directions.append(own)
+    torch.testing.assert_close(*directions)
+
+
+def test_relative_damping_is_refused_where_nothing_is_damped_layer_by_layer() -> None:
+    for options in (
+        {"metric": "dense", "lr": 0.1},
+        {"lr": None},
+        {"lr": 0.1, "weight_decay": natgrad.L2(0.1)},
+    ):
+        with pytest.raises(ConfigError, match="RelativeDamping goes with lr="):
+            natgrad.NaturalGradient(model(), CE, damping=natgrad.RelativeDamping(), **options)
+    for options in ({"metric": "dense"}, {"weight_decay": natgrad.L2(0.1)}):
+        assert natgrad.NaturalGradient(model(), CE, lr=Grafted(), **options).damping == 1e-3
+
+
 def test_a_restored_run_goes_on_to_the_last_bit() -> None:
     nets = model(), model()
     first, second = (natgrad.NaturalGradient(net, CE, lr=Grafted(lr=0.01)) for net in nets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -147,6 +148,42 @@ def test_a_layer_of_what_all_examples_share_is_not_taken_for_the_batchs() -> Non
     expected = oracle.empirical(model, MSE, x, y)
     found = natgrad.fisher(model, MSE, (x, y), "dense", "empirical").to_dense()
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+class Dispatched(nn.Module):
+    """Experts that are handed some tokens each, as many as there are examples; or all tokens."""
+
+    def __init__(self, routed: bool) -> None:
+        super().__init__()
+        self.experts, self.head, self.routed = nn.Parameter(torch.randn(2, 3, 4)), nn.Linear(4, 2), routed
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 3]
+        if not self.routed:
+            return self.head(torch.tanh(torch.einsum("btd,edf->betf", x, self.experts)).sum((1, 2)))
+        tokens = x.flatten(0, 1)
+        chosen = tokens.sum(1).argsort()[: 2 * len(x)].view(2, -1)
+        made = torch.bmm(tokens[chosen], self.experts)
+        spread = made.new_zeros(len(tokens), 4).index_add(0, chosen.flatten(), made.flatten(0, 1))
+        return self.head(torch.tanh(spread.view(len(x), -1, 4)).sum(1))
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_tokens_that_were_handed_out_are_not_taken_for_examples(routed: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = (
+        Dispatched(routed).to(DTYPE),
+        torch.randn(4, 3, 3, dtype=DTYPE),
+        torch.randn(4, 2, dtype=DTYPE),
+    )
+    F = natgrad.fisher(model, MSE, [(x, y)], metric="dense")
+    torch.testing.assert_close(F.to_dense(), oracle.fisher(model, MSE, x, y))
+    optimizer = natgrad.NaturalGradient(model, MSE, lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MSE(model(x), y).backward()
+        optimizer.step()
+    assert [row.name for row in optimizer.coverage().rows if row.reason] == ["experts"] * routed
+    assert any("experts" in str(w.message) for w in caught) == routed
 
 
 class Words(nn.Module):

@@ -142,6 +142,140 @@ class Packed(nn.Module):
         return torch.tanh(torch.cat(parts, 1))
 
 
+class InputSlices(nn.Module):
+    """Columns of one weight, on different things: what is concatenated need not be."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.w, self.b, self.how = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(4)), how
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 5]
+        w, b = self.w, self.b
+        if self.how == "linear":
+            part = F.linear(x[:, :2], w[:, :2], b) + F.linear(x[:, 2:].sin(), w[:, 2:])
+        elif self.how == "split":
+            part = sum(F.linear(x.narrow(1, k, c.shape[1]), c) for k, c in zip((0, 2), w.split([2, 3], 1)))
+        elif self.how == "block":  # of rows and of columns; some belong to no call
+            part = F.linear(x[:, :3], w[1:3, 1:4], b[1:3]) + (x @ w.T)[:, :2]
+        elif self.how == "one-column":
+            part = F.linear(x[:, :1], w[:, 3:4]) + F.linear(x, w[2:3, :]) + x[:, 1:2] @ w[1:2, 4:].T
+        elif self.how == "input-first":  # rows of a weight that has its input first
+            part = x[:, :3] @ w[:3, 1:] + torch.mm(x[:, 3:4].cos(), w[3:])[:, :4]
+        else:
+            part = (w[:, 1:3] @ x[:, :2].mT).mT
+        return torch.tanh(part)
+
+
+class Contraction(nn.Module):
+    """A parameter of some shape, and how it is contracted with the input."""
+
+    def __init__(self, shape: tuple[int, ...], act: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w, self.act = nn.Parameter(torch.randn(shape)), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.act(torch.sin(x), self.w))
+
+
+class Experts(nn.Module):
+    """Dense experts, each with its own two maps, of which all see all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 3, 4)), nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 3]
+        hidden = torch.tanh(torch.bmm(x.flatten(0, 1).expand(2, -1, -1), self.up))
+        return torch.bmm(hidden, self.down.mT).sum(0).view(x.shape)
+
+
+class Heads(nn.Module):
+    """Attention with weights by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(4, 2, 3)) for _ in range(3))
+        self.out = nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 4]
+        q, k, v = (torch.einsum("btd,dhk->bhtk", x, w) for w in (self.q, self.k, self.v))
+        return torch.einsum("bhtk,hkd->btd", F.scaled_dot_product_attention(q, k, v), self.out)
+
+
+def einsum(equation: str, shape: tuple[int, ...], first: bool = False) -> Callable[[], nn.Module]:
+    def act(x: Tensor, w: Tensor) -> Tensor:
+        return torch.einsum(equation, *((w, x) if first else (x, w)))
+
+    return lambda: Contraction(shape, act)
+
+
+CONTRACTIONS = {
+    "linear": (einsum("...i,oi->...o", (2, 3)), (4, 5, 3)),
+    "matrix": (einsum("bsd, df -> bsf", (3, 2)), (4, 5, 3)),
+    "implicit": (einsum("bi,ij", (3, 2)), (4, 3)),
+    "weight-first": (einsum("oi,b...i->b...o", (2, 3), True), (4, 5, 3)),
+    "features-in-the-middle": (einsum("bct,oc->bot", (2, 3)), (4, 3, 5)),
+    "split-heads": (einsum("bsd,dhk->bshk", (3, 2, 4)), (4, 5, 3)),
+    "heads-before-positions": (einsum("bsd,dhk->bhsk", (3, 2, 4)), (4, 5, 3)),
+    "heads-swapped": (einsum("bsd,dhk->bskh", (3, 2, 4)), (4, 5, 3)),
+    "outputs-first": (einsum("bsd,hkd->bshk", (2, 4, 3)), (4, 5, 3)),
+    "merged-heads": (einsum("bshk,hkd->bsd", (2, 4, 3)), (4, 5, 2, 4)),
+    "merged-square": (einsum("bshk,hkd->bsd", (2, 3, 3)), (4, 5, 2, 3)),
+    "merged-outputs-first": (einsum("bshk,dhk->bsd", (3, 2, 4)), (4, 5, 2, 4)),
+    "heads-first": (einsum("bsd,hdk->bshk", (2, 3, 4)), (4, 5, 3)),
+    "summed-over-heads": (einsum("bshk,hdk->bsd", (2, 3, 4)), (4, 5, 2, 4)),
+    "experts": (einsum("bei,eio->beo", (2, 3, 4)), (5, 2, 3)),
+    "experts-second": (einsum("b...ei,eoi->b...eo", (2, 4, 3)), (4, 5, 2, 3)),
+    "experts-and-heads": (einsum("bsed,edhk->bshek", (2, 3, 2, 2)), (4, 5, 2, 3)),
+    "all-inputs": (einsum("btc,ctf->bf", (3, 5, 2)), (4, 5, 3)),
+    "numbered": (
+        lambda: Contraction((3, 5, 2), lambda x, w: torch.einsum(x, [0, 1, 2], w, [2, 1, 3], [0, 3])),
+        (4, 5, 3),
+    ),
+    "view": (
+        lambda: Contraction((3, 8), lambda x, w: torch.einsum("bsd,dhk->bshk", x, w.view(3, 2, 4))),
+        (4, 5, 3),
+    ),
+    "view-and-whole": (
+        lambda: Contraction(
+            (3, 8), lambda x, w: torch.einsum("bsd,dhk->bskh", x, w.view(3, 2, 4)).flatten(2) + x.cos() @ w
+        ),
+        (4, 5, 3),
+    ),
+    "slice": (
+        lambda: Contraction((5, 4), lambda x, w: torch.einsum("bi,oi->bo", x[:, :2], w[1:3, 1:3])),
+        (4, 3),
+    ),
+    "bmm": (
+        lambda: Contraction((2, 3, 4), lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1)),
+        (5, 2, 3),
+    ),
+    "bmm-turned": (
+        lambda: Contraction((2, 4, 3), lambda x, w: x.transpose(0, 1).bmm(w.mT).transpose(0, 1)),
+        (5, 2, 3),
+    ),
+    "bmm-left": (
+        lambda: Contraction((2, 4, 3), lambda x, w: torch.bmm(w, x.permute(1, 2, 0)).permute(2, 0, 1)),
+        (5, 2, 3),
+    ),
+    "baddbmm": (
+        lambda: Contraction(
+            (2, 3, 3),
+            lambda x, w: torch.baddbmm(x.cos().transpose(0, 1), x.transpose(0, 1), w).transpose(0, 1),
+        ),
+        (5, 2, 3),
+    ),
+    "matmul": (lambda: Contraction((2, 3, 4), lambda x, w: (x @ w).transpose(0, 1)), (5, 3)),
+    "matmul-of-stacks": (lambda: Contraction((2, 3, 4), lambda x, w: x @ w), (4, 2, 5, 3)),
+    "in-place": (
+        lambda: Contraction((3, 2, 4), lambda x, w: F.relu(torch.einsum("bsd,dhk->bshk", x, w), True)),
+        (4, 5, 3),
+    ),
+    "dense-experts": (Experts, (4, 5, 3)),
+    "attention": (Heads, (4, 5, 4)),
+}
+
+
 class Products(nn.Module):
     """Matrix products; a weight that is stored with its input axis first is a linear map too."""
 
@@ -342,6 +476,7 @@ ATTENTION = {
     "zero": ("self", {"add_zero_attn": True}),
 }
 PACKED = ("chunk", "split", "slice", "one-row", "view")
+INPUT_SLICES = ("linear", "split", "block", "one-column", "input-first", "columns")
 PRODUCTS = {
     "operator": (5, 3),
     "functions": (5, 3),
@@ -355,6 +490,7 @@ PRODUCTS = {
 
 CASES = {
     **{f"packed-{how}": Case(lambda how=how: Packed(how), (5, 3)) for how in PACKED},
+    **{f"input-slices-{how}": Case(lambda how=how: InputSlices(how), (6, 5)) for how in INPUT_SLICES},
     **{
         f"products-{how}": Case(lambda how=how: Products(how.removesuffix("-of-tokens")), shape)
         for how, shape in PRODUCTS.items()
@@ -412,6 +548,7 @@ CASES |= {
     )
     for name, options in table.items()
 }
+CASES |= {f"contraction-{name}": Case(*own) for name, own in CONTRACTIONS.items()}
 CASES["unbatched-conv3d"] = Case(lambda: nn.Conv3d(2, 3, 2), (2, 3, 3, 3))
 CASES["unbatched-transposed"] = Case(lambda: nn.ConvTranspose2d(2, 3, 2, stride=2), (2, 3, 3))
 UNBATCHED = {
@@ -446,7 +583,7 @@ def by_rule(tape: Tape, z: Tensor, signals: Tensor, examples: int) -> dict[str, 
         rows = torch.einsum("nsgo,nsgi->ngoi", g, a)
         weight = rows[..., : block.inputs]
         if block.transposed:
-            taps = math.prod(shapes[block.weight][2:])
+            taps = 1 if block.flat else math.prod(shapes[block.weight][2:])
             weight = weight.unflatten(-1, (-1, taps)).transpose(-3, -2)
         found[block.weight] = weight.flatten(1)
         if block.bias is not None:
@@ -474,7 +611,7 @@ def test_records_give_the_per_example_gradients(name: str) -> None:
             torch.testing.assert_close(rows[parameter], own)
         else:
             assert not own.any()  # no output depends on it
-            assert name.startswith(("detour", "packed-", "products-"))
+            assert name.startswith(("detour", "packed-", "products-", "input-slices-"))
     assert not tape.uncovered
 
 

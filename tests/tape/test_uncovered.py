@@ -25,6 +25,29 @@ class Einsum(nn.Module):
         return torch.einsum("no,o->no", self.linear(x), self.scale)
 
 
+class Contractions(nn.Module):
+    """Contractions that are no linear map of what one position has, or no stack of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = ((3, 2), (3, 2), (3, 2), (3, 3), (3, 2, 3), (2, 3, 2), (2, 1, 2))
+        self.a, self.b, self.c, self.d, self.e, self.f, self.g = (
+            nn.Parameter(torch.randn(s)) for s in shapes
+        )
+        self.h, self.i = nn.Parameter(torch.randn(2, 1, 3)), nn.Parameter(torch.randn(2, 3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 3]
+        z = torch.einsum("bti,io->bo", x, self.a)  # summed over positions
+        z = z + torch.einsum("bti,io,bt->bo", x, self.b, x[..., 0])
+        z = z + torch.einsum("bti,io->bti", x, self.c)[:, 0, :2]  # an axis that nothing else has
+        z = z + torch.einsum("bti,ii->bt", x, self.d)[:, :2]
+        z = z + torch.einsum("bti,ioi->bto", x, self.e)[:, 0]
+        z = z + torch.einsum("bti,bio->bo", x[:2], self.f).sum(0)  # of a batch of two
+        z = z + torch.bmm(self.h, self.i).sum((0, 1))
+        stacks = x[:, :2].transpose(0, 1)
+        return z + torch.baddbmm(self.g, stacks, torch.ones(2, 3, 2, dtype=x.dtype)).sum(0)
+
+
 class Both(nn.Module):
     """A weight that is a linear map, and a scale too."""
 
@@ -47,17 +70,6 @@ class Transposed(nn.Module):
         return torch.tanh(self.linear(x)) @ self.linear.weight
 
 
-class InputSlice(nn.Module):
-    """A weight of which a call uses some columns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x[:, :2], self.linear.weight[:, :2], self.linear.bias)
-
-
 class Strided(nn.Module):
     """Every second row of a weight, and a slice of a bias that belongs to other rows."""
 
@@ -68,6 +80,17 @@ class Strided(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = x @ self.linear.weight[::2].T
         return F.linear(hidden, self.last.weight[:2], self.last.bias[2:])
+
+
+class SlimInput(nn.Module):
+    """A convolution of some of the channels that its kernel is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x[:, :1], self.conv.weight[:, :1], self.conv.bias)
 
 
 class Scaled(nn.Module):
@@ -189,13 +212,14 @@ def real(*shape: int) -> Tensor:
 
 CASES = {
     "einsum": (Einsum, real(5, 3), {"scale": "einsum"}),
+    "contractions": (
+        Contractions,
+        real(5, 2, 3),
+        dict.fromkeys("abcdef", "einsum") | {"g": "baddbmm", "i": "add beside a linear map"},
+    ),
     "both": (Both, real(5, 3), {"linear.weight": "mul beside a linear map"}),
     "transposed": (Transposed, real(5, 3), {"linear.weight": "matmul"}),
-    "input-slice": (
-        InputSlice,
-        real(5, 3),
-        {"linear.weight": "linear", "linear.bias": "linear"},
-    ),
+    "slim-input": (SlimInput, real(5, 2, 4), {"conv.weight": "conv1d", "conv.bias": "conv1d"}),
     "strided": (
         Strided,
         real(5, 3),

@@ -3,6 +3,7 @@
 from natgrad.likelihoods.base import Likelihood, Outputs, Targets
 from natgrad.likelihoods.bernoulli import Bernoulli
 from natgrad.likelihoods.categorical import Categorical
+from natgrad.likelihoods.crossentropy import CrossEntropyLoss
 from natgrad.likelihoods.diagonal import DiagonalLikelihood
 from natgrad.likelihoods.gaussian import Gaussian, HeteroscedasticGaussian
 from natgrad.likelihoods.losses import likelihood_from
@@ -14,6 +15,7 @@ from natgrad.likelihoods.scores import Scores
 __all__ = [
     "Bernoulli",
     "Categorical",
+    "CrossEntropyLoss",
     "DiagonalLikelihood",
     "Gaussian",
     "HeteroscedasticGaussian",

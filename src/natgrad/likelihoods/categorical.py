@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,14 @@ class Categorical(Likelihood):
 
         H = c s (diag(p) − p pᵀ)  of each event: for this loss, the Hessian in z.
 
+    With z-loss it is s ζ log² Z more, Z = Σₖ exp zₖ (Chowdhery et al. 2022, "PaLM", arXiv 2204.02311, §5). That is the
+    negative log of a likelihood as well, of y and of a u ~ N(log Z, 1/(2ζ)) that was seen to be 0. So
+
+        H = c s (diag(p) − p pᵀ + 2ζ p pᵀ),
+
+    and 2ζ log Z · c s (diag(p) − p pᵀ) is what the Hessian has beyond. p pᵀ is small, but where all logits rise
+    together it is all there is: no class changes, and a step would be as long as λ allows.
+
     c is 1 for "sum". For "mean" it is one over Σ w_y of the events that are not ignored where targets are class
     indices, and one over the number of events where they are probabilities, as in torch. Where every event is
     ignored, H is zero (torch's loss is NaN). Probabilities need not sum to one.
@@ -33,15 +42,18 @@ class Categorical(Likelihood):
         weight: w, `[C]`, a weight of each class. It counts where targets are given.
         label_smoothing: ε in [0, 1], the share of the target that is spread over all classes.
         ignore_index: the class index of events that don't count; for class indices only.
+        z_loss: ζ, the coefficient of log² Z; PaLM's is 1e-4. `log_prob` and `sample` are of y alone.
         reduction: "mean" or "sum".
 
     Raises:
-        ConfigError: a weight that is negative or not `[C]`, a smoothing outside [0, 1], or another reduction.
+        ConfigError: a weight that is negative or not `[C]`, a smoothing outside [0, 1], a ζ that is negative or not
+            finite, or another reduction.
     """
 
     weight: Tensor | None = None
     label_smoothing: float = 0.0
     ignore_index: int = -100
+    z_loss: float = 0.0  # 1e-4 in PaLM, §5
 
     def __post_init__(self) -> None:
         check_reduction(self.reduction)
@@ -52,9 +64,11 @@ class Categorical(Likelihood):
             )
         if not 0 <= self.label_smoothing <= 1:
             raise ConfigError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
+        if not (math.isfinite(self.z_loss) and self.z_loss >= 0):
+            raise ConfigError(f"z_loss must be finite and at least 0, got {self.z_loss}")
 
     def _loss(self, z: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(
+        loss = F.cross_entropy(
             z,
             targets if targets.is_floating_point() else targets.long(),
             weight=None if self.weight is None else self.weight.to(z.device),
@@ -62,6 +76,10 @@ class Categorical(Likelihood):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+        if self.z_loss == 0:
+            return loss
+        squares = _log_z(z).square() * self._scale(z, targets)
+        return (loss + self.z_loss * squares.sum()).to(loss.dtype)
 
     def _log_prob(self, z: Tensor, targets: Tensor) -> Tensor:
         log_p = F.log_softmax(z, 1, dtype=working_dtype(z))
@@ -168,7 +186,8 @@ class Categorical(Likelihood):
         log_p, log_q = torch.log_softmax(z, 1), torch.log_softmax(other, 1)
         scale = self._scale(z, targets)
         weights = scale.squeeze(1) if isinstance(scale, Tensor) else scale
-        return (log_p.exp() * (log_p - log_q)).sum(1) * weights
+        of_log_z = self.z_loss * (_log_z(z) - _log_z(other)).square().squeeze(1) if self.z_loss else 0.0
+        return ((log_p.exp() * (log_p - log_q)).sum(1) + of_log_z) * weights
 
     def _target_distribution(self, z: Tensor, targets: Tensor) -> Tensor:
         """The distribution t / s that the loss pulls p towards, `[N, C, ...]`; zero where s = 0."""
@@ -188,11 +207,14 @@ class Categorical(Likelihood):
         p = _softmax(z)
         product = (p * self._scale(z, targets)) * vector
         # Out of place, as vmap has it; one pass over memory either way.
-        return torch.addcmul(product, p, product.sum(1 - z.ndim, keepdim=True), value=-1).to(vector.dtype)
+        along = product.sum(1 - z.ndim, keepdim=True)
+        return torch.addcmul(product, p, along, value=2 * self.z_loss - 1).to(vector.dtype)
 
     def _sampled_signal(self, z: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         p = _softmax(z)
         drawn = _draw(p, generator).unsqueeze(1)
+        if self.z_loss:
+            p.mul_(self._sign_of_log_z(p, generator))
         p.scatter_add_(1, drawn, p.new_full((), -1).expand(drawn.shape))
         return p.mul_(_root(self._scale(z, targets))).to(z.dtype)
 
@@ -203,15 +225,24 @@ class Categorical(Likelihood):
         p = _softmax(z)
         signal = with_random_signs(p.sqrt(), generator)
         signal.addcmul_(p, signal.sum(1, keepdim=True), value=-1)
+        if self.z_loss:
+            signal.addcmul_(p, self._sign_of_log_z(p, generator).sub_(1))
         return signal.mul_(_root(self._scale(z, targets))).to(z.dtype)
 
     def _empirical_signal(self, z: Tensor, targets: Tensor) -> Tensor:
         p = _softmax(z)
+        if self.z_loss:
+            p.mul_(_log_z(z).mul_(2 * self.z_loss).add_(1))
         return p.sub_(self._target_distribution(z, targets)).mul_(_root(self._scale(z, targets))).to(z.dtype)
+
+    def _sign_of_log_z(self, p: Tensor, generator: torch.Generator | None) -> Tensor:
+        """1 + ε √(2ζ) of each event, ε a fair sign: times p it brings 2ζ p pᵀ into a signal's square."""
+        return with_random_signs(torch.full_like(p[:, :1], (2 * self.z_loss) ** 0.5), generator).add_(1)
 
     def _exact_signals(self, z: Tensor, targets: Tensor | None, examples: int) -> Iterator[Tensor]:
         # diag(p) − p pᵀ has rank C − 1, and so many columns has its Cholesky factor: with the tails rₖ = Σ_{j≥k} pⱼ,
         # column k is √(pₖ/rₖ) (√rₖ₊₁ at k, and −pⱼ/√rₖ₊₁ at every j > k). Sums of positive numbers lose no digits.
+        # z-loss adds a column √(2ζ) p.
         if z.numel() == 0:
             return
         n, classes = z.shape[:2]
@@ -232,10 +263,20 @@ class Categorical(Likelihood):
                     column[:, k + 1 :] = own[:, k + 1 :] * (-size * tail[:, k + 1].rsqrt()).unsqueeze(1)
                     if column.any():
                         yield signal.view(z.shape)
+                if self.z_loss and roots[:, row, place].any():
+                    signal = torch.zeros(layout, dtype=z.dtype, device=z.device)
+                    size = (2 * self.z_loss) ** 0.5 * roots[:, row, place]
+                    signal[:, row, :, place] = p[:, row, :, place] * size.unsqueeze(1)
+                    yield signal.view(z.shape)
 
 
 def _softmax(z: Tensor) -> Tensor:
     return torch.softmax(z, 1, dtype=working_dtype(z))
+
+
+def _log_z(z: Tensor) -> Tensor:
+    """Log Z of each event, `[N, 1, ...]`."""
+    return torch.logsumexp(z.to(working_dtype(z)), 1, keepdim=True)
 
 
 def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:

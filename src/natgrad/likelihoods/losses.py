@@ -12,8 +12,13 @@ from natgrad.errors import UnsupportedLossError
 from natgrad.likelihoods.base import Likelihood
 from natgrad.likelihoods.bernoulli import Bernoulli
 from natgrad.likelihoods.categorical import Categorical
+from natgrad.likelihoods.crossentropy import CrossEntropyLoss
 from natgrad.likelihoods.gaussian import Gaussian, HeteroscedasticGaussian
 from natgrad.likelihoods.poisson import Poisson
+
+
+def _with_z_loss(loss: CrossEntropyLoss) -> Categorical:
+    return loss.likelihood()
 
 
 def _categorical(loss: nn.CrossEntropyLoss) -> Categorical:
@@ -47,6 +52,7 @@ def _poisson(loss: nn.PoissonNLLLoss) -> Poisson:
 
 
 _BUILDERS: dict[type[nn.Module], Callable[..., Likelihood]] = {
+    CrossEntropyLoss: _with_z_loss,  # before torch's, of which it is a subclass
     nn.CrossEntropyLoss: _categorical,
     nn.BCEWithLogitsLoss: _bernoulli,
     nn.MSELoss: _gaussian,
@@ -88,8 +94,8 @@ def likelihood_from(loss: object) -> Likelihood:
 
     Args:
         loss: an `nn.CrossEntropyLoss`, `nn.BCEWithLogitsLoss`, `nn.MSELoss`, `nn.GaussianNLLLoss`,
-            `nn.PoissonNLLLoss(log_input=True)` or a subclass of one that has the same `forward`; or a `Likelihood`,
-            which is returned as it is.
+            `nn.PoissonNLLLoss(log_input=True)`, `natgrad.CrossEntropyLoss` or a subclass of one that has the same
+            `forward`; or a `Likelihood`, which is returned as it is.
 
     Returns:
         The likelihood, for which `likelihood.loss(z, y) == loss(z, y)`.
@@ -126,7 +132,7 @@ def _check_scalar(loss: nn.Module) -> None:
 
 
 def _advice(loss: object) -> str:
-    names = [f"torch.nn.{family.__name__}" for family in _BUILDERS]
+    names = [f"torch.nn.{family.__name__}" for family in _BUILDERS if family is not CrossEntropyLoss]
     supported = f"supported: {', '.join(names)}, or {_OWN}"
     if isinstance(loss, type) and issubclass(loss, (nn.Module, Likelihood)):
         return f"{loss.__name__} is a class; pass an instance, {loss.__name__}()"

@@ -7,7 +7,9 @@ Grosse 2015, vec(G V A) = (A ⊗ G) vec(V): hence the name.)
 
 A convolution's weight [out, in, kh, kw] is the linear map [out, in·kh·kw] on patches. One with g groups is g maps, and
 V gets an axis for them: [g, out/g, in/g·kh·kw (+ 1)]. A *transposed* weight is stored with its input axis first, as
-those of `ConvTranspose2d`, [in, out/g, kh, kw], and of Hugging Face's `Conv1D`, [in, out].
+those of `ConvTranspose2d`, [in, out/g, kh, kw], and of Hugging Face's `Conv1D`, [in, out]. Of a *flat* weight any
+number of axes are the map's groups, outputs or inputs, in this order or the last two the other way round: an attention
+head's [in, heads, dim], a mixture's [experts, in, out]. Then `outputs` says how many outputs a group has.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ def join(
     *,
     groups: int = 1,
     transposed: bool = False,
+    outputs: int | None = None,
     batch_dims: int = 0,
 ) -> Shaped[Tensor, "..."]:
     """V = [W b] from a layer's weight and bias.
@@ -68,18 +71,18 @@ def join(
         bias: [*batch, out], or None if the layer has none.
         groups: of a grouped convolution.
         transposed: the weight's input axis comes first.
+        outputs: of one group, if the weight is flat.
         batch_dims: how many leading axes count several vectors of one parameter space.
 
     Returns:
         [*batch, out, in (+ 1)]; with more than one group [*batch, groups, out/groups, in (+ 1)].
     """
     batch, shape = weight.shape[:batch_dims], weight.shape[batch_dims:]
-    rows = shape[1] if transposed else shape[0] // groups
+    rows, columns, taps = _sizes(shape, groups, transposed, outputs)
     if transposed:
-        taps = math.prod(shape[2:])
-        V = weight.reshape(*batch, groups, shape[0] // groups, rows, taps).transpose(-3, -2).flatten(-2)
+        V = weight.reshape(*batch, groups, columns // taps, rows, taps).transpose(-3, -2).flatten(-2)
     else:
-        V = weight.reshape(*batch, groups, rows, math.prod(shape[1:]))
+        V = weight.reshape(*batch, groups, rows, columns)
     if bias is not None:
         V = torch.cat((V, bias.reshape(*batch, groups, rows, 1)), dim=-1)
     return V if groups > 1 else V.squeeze(-3)
@@ -92,6 +95,7 @@ def split(
     bias: bool,
     groups: int = 1,
     transposed: bool = False,
+    outputs: int | None = None,
 ) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."] | None]:
     """Weight and bias from V = [W b]; undoes `join`.
 
@@ -101,6 +105,7 @@ def split(
         bias: V has the bias as its last column.
         groups: of a grouped convolution.
         transposed: the weight's input axis comes first.
+        outputs: of one group, if the weight is flat.
 
     Returns:
         weight [*batch, *weight_shape], and bias [*batch, out] or None. Views of V where that is possible.
@@ -109,7 +114,17 @@ def split(
     batch, (_, rows, _) = grouped.shape[:-3], grouped.shape[-3:]
     weight = grouped[..., :-1] if bias else grouped
     if transposed:
-        taps = math.prod(weight_shape[2:])
-        weight = weight.reshape(*batch, groups, rows, weight_shape[0] // groups, taps).transpose(-3, -2)
+        _, columns, taps = _sizes(weight_shape, groups, transposed, outputs)
+        weight = weight.reshape(*batch, groups, rows, columns // taps, taps).transpose(-3, -2)
     shaped = weight.reshape(*batch, *weight_shape)
     return shaped, grouped[..., -1].reshape(*batch, groups * rows) if bias else None
+
+
+def _sizes(shape: Sequence[int], groups: int, transposed: bool, outputs: int | None) -> tuple[int, int, int]:
+    """Outputs and inputs of one group, and how many of the inputs belong to one entry of a transposed weight's axis."""
+    if outputs is not None:
+        return outputs, math.prod(shape) // (groups * outputs), 1
+    if transposed:
+        taps = math.prod(shape[2:])
+        return shape[1], shape[0] // groups * taps, taps
+    return shape[0] // groups, math.prod(shape[1:]), 1

@@ -66,6 +66,10 @@ class Observation:
         return float(first) if self.additive else self.weight
 
 
+# λ where a layer has no curvature, and so no scale: what it is given comes out as long as it can be.
+LEAST = 1e-30
+
+
 @dataclass(frozen=True)
 class Metric(abc.ABC):
     """A recipe for the Fisher information F̂: which representation, from which signals, averaged how.
@@ -75,6 +79,8 @@ class Metric(abc.ABC):
 
     # p in Δ = −(F̂ + λI)⁻ᵖ ∇h: 1 for the natural gradient. Metrics that leave a choice have it as a field.
     power = 1.0
+    # Whether F̂ has parts that are damped each by itself, so that λ can count a part's mean eigenvalues.
+    by_layer = False
 
     @property
     def tempered(self) -> bool:
@@ -100,12 +106,14 @@ class Estimate(abc.ABC):
         stages: block → factor → which stage of the fallback the last factorisation took.
         sweeps: how often `natgrad.fisher` has to show it all of the data; it may grow while the data is shown.
         replays: whether it can make use of products that run the model again, where rows take too much memory.
+        relative: whether λ counts mean eigenvalues of each part of F̂; where the metric is `by_layer`.
     """
 
     kind: Kind | None = None
     whole: bool = False
     sweeps: int = 1
     replays: bool = False
+    relative: bool = False
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
@@ -170,6 +178,15 @@ class Estimate(abc.ABC):
     def attempt(self, gradient: Mapping[str, Tensor], damping: float, step: int) -> dict[str, Tensor]:
         """`solve` with a λ that is only tried: what is cached for the present λ stays."""
         return self.solve(gradient, damping, step)
+
+    def damping_of(self, damping: float, mean: Tensor) -> float:
+        """λ for a part of F̂.
+
+        Args:
+            damping: as `solve` was given it.
+            mean: the part's mean eigenvalue.
+        """
+        return max(damping * float(mean), LEAST) if self.relative else damping
 
     @abc.abstractmethod
     def state_dict(self) -> dict[str, Any]:

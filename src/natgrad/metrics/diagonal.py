@@ -38,6 +38,7 @@ class Diagonal(Metric):
     decay: float = 0.95
     refresh: int | None = 1
     root: bool = False
+    by_layer = True
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -102,7 +103,9 @@ class _DiagonalEstimate(Estimate):
         if self._metric.root:
             values = {name: value.sqrt_() for name, value in values.items()}
         return {
-            name: gradient[name] / value.add_(damping) for name, value in values.items() if name in gradient
+            name: gradient[name] / value.add_(self.damping_of(damping, value.mean()))
+            for name, value in values.items()
+            if name in gradient
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class EKFAC(Metric):
     largest: int | None = 8192
     power: float = 1.0
     sides: Sides = "both"
+    by_layer = True
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -207,7 +208,7 @@ class _EKFACEstimate(FactorEstimate):
     def _block(self, weight: str) -> EigenKronecker:
         eigen, factors = self._eigen[weight], self._blocks[weight]
         S = eigen.total / factors.examples
-        return EigenKronecker(factors.space, eigen.U_A, eigen.U_G, S, factors.block.transposed)
+        return EigenKronecker(factors.space, eigen.U_A, eigen.U_G, S, **factors.layout)
 
     def operator(self) -> LinearOperator:
         self._settle()
@@ -223,7 +224,9 @@ class _EKFACEstimate(FactorEstimate):
         for weight in self._eigen:
             given = self._padded(self._blocks[weight].block, gradient)
             if given:
-                direction |= dict(self._block(weight).power(-self._power, damping) @ given)
+                block = self._block(weight)
+                own = self.damping_of(damping, block.values.mean())
+                direction |= dict(block.power(-self._power, own) @ given)
         return direction
 
     def squared_length(self, direction: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> float:

@@ -16,6 +16,8 @@ from natgrad.operators import LinearOperator, ScaledIdentity
 class Euclidean(Metric):
     """F = I. The natural gradient is the gradient, whatever the damping; no curvature is computed."""
 
+    by_layer = True
+
     def start(self, parameters: Mapping[str, nn.Parameter]) -> Estimate:
         """An estimate that never changes."""
         return _Identity(parameters)

@@ -134,7 +134,7 @@ class FactorEstimate(Estimate):
     ) -> dict[str, Tensor]:
         """(F̂ + λ)⁻ᵖ ∇h of the parameters that have the diagonal."""
         return {
-            name: gradient[name] / value.add_(damping).pow_(power)
+            name: gradient[name] / value.add_(self.damping_of(damping, value.mean())).pow_(power)
             for name, value in self._squares.averages().items()
             if name in gradient
         }

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from jaxtyping import Float
 from torch import Tensor
@@ -66,6 +66,13 @@ class Sums:
         self.A_weight, self.G_weight = map(Weight, state["weights"])
 
 
+class Layout(TypedDict):
+    """How a weight is stored (see `linalg.kronecker`)."""
+
+    transposed: bool
+    flat: bool
+
+
 class Factors:
     """The running factors of one block.
 
@@ -103,6 +110,11 @@ class Factors:
         self.as_map: Sums | None = None
         self.as_table: Sums | None = None
         self.step: int | None = None  # when it was last observed
+
+    @property
+    def layout(self) -> Layout:
+        """How the weight is stored, as operators take it."""
+        return {"transposed": self.block.transposed, "flat": self.block.flat}
 
     @property
     def parts(self) -> list[Sums]:

@@ -63,6 +63,7 @@ class KFAC(Metric):
     sharing: Sharing = "expand"
     largest: int | None = 8192
     sides: Sides = "both"
+    by_layer = True
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -136,8 +137,9 @@ class _KFACEstimate(FactorEstimate):
 
     def _inverse(self, weight: str, damping: float) -> FactoredInverse:
         factors = self._blocks[weight]
+        A, G = factors.averages()
         return FactoredInverse(
-            factors.space, *factors.averages(), damping, transposed=factors.block.transposed
+            factors.space, A, G, self.damping_of(damping, _mean_eigenvalue(A, G)), **factors.layout
         )
 
     def _invert(self, damping: float, step: int) -> None:
@@ -147,7 +149,8 @@ class _KFACEstimate(FactorEstimate):
             if inverse is None:
                 inverse = self._inverses[weight] = self._inverse(weight, damping)
             else:
-                inverse.refresh(*factors.averages(), damping)
+                A, G = factors.averages()
+                inverse.refresh(A, G, self.damping_of(damping, _mean_eigenvalue(A, G)))
             stages = {side: s.value for side, s in inverse.stages.items() if s is not Stage.CHOLESKY}
             if stages:
                 self.stages[weight] = stages
@@ -173,9 +176,7 @@ class _KFACEstimate(FactorEstimate):
             factors.load_state_dict(saved)
             if saved["inverse"] is not None:
                 identity_A, identity_G = map(_identity, saved["inverse"])
-                inverse = FactoredInverse(
-                    factors.space, identity_A, identity_G, 0.0, transposed=factors.block.transposed
-                )
+                inverse = FactoredInverse(factors.space, identity_A, identity_G, 0.0, **factors.layout)
                 inverse.A_inverse.copy_(saved["inverse"][0])
                 inverse.G_inverse.copy_(saved["inverse"][1])
                 self._inverses[weight] = inverse
@@ -189,14 +190,20 @@ def _product(factors: Factors) -> LinearOperator:
     """A ⊗ G of one block; in the eigenbasis of the other factor where one is a diagonal."""
     A, G = factors.averages()
     if A.ndim > 1 and G.ndim > 1:
-        return Kronecker(factors.space, A, G, factors.block.transposed)
+        return Kronecker(factors.space, A, G, **factors.layout)
     (a, U_A), (g, U_G) = (
         (factor, None)
         if factor.ndim == 1
         else eigendecomposition(factor, layer=factors.space.label, factor=side)
         for factor, side in ((A, "A"), (G, "G"))
     )
-    return EigenKronecker(factors.space, U_A, U_G, g[:, None] * a, factors.block.transposed)
+    return EigenKronecker(factors.space, U_A, U_G, g[:, None] * a, **factors.layout)
+
+
+def _mean_eigenvalue(A: Tensor, G: Tensor) -> Tensor:
+    """That of A ⊗ G, over all groups."""
+    a, g = ((t if t.ndim == 1 else t.diagonal(dim1=-2, dim2=-1)).mean(-1) for t in (A, G))
+    return (a * g).mean()
 
 
 def _identity(like: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Moments:
             inputs, signals = (rows.to(like.dtype) for rows in merged(records))
             if len(inputs) != signal_pass.examples:  # it acted on something that is not the batch
                 continue
-            if inputs.shape[1] == block.groups == 1 and not block.transposed:
+            if inputs.shape[1] == block.groups == 1 and not block.transposed and not block.flat:
                 space = ParameterSpace.of({name: self._parameters[name] for name in block.names})
                 part = Part(space, block.outputs, block.columns, True)
                 factored[part] = inputs[:, 0, 0], signals[:, 0, 0]
@@ -133,6 +133,7 @@ class Moments:
                 bias=block.bias is not None,
                 groups=block.groups,
                 transposed=block.transposed,
+                outputs=block.outputs if block.flat else None,
             )
             scores[block.weight] = weight.flatten(1)
             if block.bias is not None and bias is not None:

@@ -46,6 +46,7 @@ class EigenKronecker(LinearOperator):
         U_G: orthogonal, [out, out]; with groups [groups, out/groups, out/groups]. None as above.
         values: S ≥ 0, [out, in (+ 1)]; with groups [groups, out/groups, in (+ 1)].
         transposed: the weight is stored with its input axis first (`ConvTranspose2d`, Hugging Face's `Conv1D`).
+        flat: the weight has several axes of groups, inputs or outputs (see `linalg.kronecker`).
 
     Raises:
         ConfigError: the bases and eigenvalues don't fit the space, or one another.
@@ -56,6 +57,7 @@ class EigenKronecker(LinearOperator):
     U_G: Float[Tensor, "*groups o o"] | None
     values: Float[Tensor, "..."]  # its shape is checked below, so that an error says what it should be
     transposed: bool = False
+    flat: bool = False
 
     def __post_init__(self) -> None:
         if self.values.ndim == 3 and len(self.values) == 1:  # one group is no group
@@ -99,7 +101,8 @@ class EigenKronecker(LinearOperator):
     @functools.cached_property
     def _map(self) -> LinearMap:
         groups = self.values.shape[0] if self.values.ndim == 3 else 1
-        return LinearMap.of(self.space, groups=groups, transposed=self.transposed)
+        outputs = self.values.shape[-2] if self.flat else None
+        return LinearMap.of(self.space, groups=groups, transposed=self.transposed, outputs=outputs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,14 +201,14 @@ class EigenKronecker(LinearOperator):
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {"U_A": self.U_A, "U_G": self.U_G, "values": self.values}
         there = {name: own for name, own in tensors.items() if own is not None}
-        return there, {"transposed": self.transposed}
+        return there, {"transposed": self.transposed, "flat": self.flat}
 
     @classmethod
     def _from_state(
         cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]
     ) -> EigenKronecker:
         U_A, U_G = tensors.get("U_A"), tensors.get("U_G")
-        return cls(space, U_A, U_G, tensors["values"], meta["transposed"])
+        return cls(space, U_A, U_G, tensors["values"], meta["transposed"], meta.get("flat", False))
 
 
 def in_basis(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,12 @@ from natgrad.errors import ConfigError, NonFiniteError, NotPositiveDefiniteError
 from natgrad.linalg import Stage, cholesky, inverse_from_cholesky, join, kronecker_matmul, split
 from natgrad.operators.base import Rows, check_scalar
 from natgrad.operators.space import ParameterSpace
+
+
+class _Layout(TypedDict):
+    groups: int
+    transposed: bool
+    outputs: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +38,7 @@ class LinearMap:
         bias: the bias's name, or None.
         groups: of a grouped convolution.
         transposed: the weight's input axis comes first.
+        outputs: of one group, where the weight is flat.
     """
 
     space: ParameterSpace
@@ -38,9 +46,17 @@ class LinearMap:
     bias: str | None
     groups: int = 1
     transposed: bool = False
+    outputs: int | None = None
 
     @classmethod
-    def of(cls, space: ParameterSpace, *, groups: int = 1, transposed: bool = False) -> LinearMap:
+    def of(
+        cls,
+        space: ParameterSpace,
+        *,
+        groups: int = 1,
+        transposed: bool = False,
+        outputs: int | None = None,
+    ) -> LinearMap:
         """Tells weight from bias by their numbers of axes.
 
         Raises:
@@ -53,19 +69,22 @@ class LinearMap:
                 f"a Kronecker block has one weight and at most one bias; got {dict(space.entries)}"
             )
         shape = space.shapes[weights[0]]
-        if shape[0] % groups:
+        if outputs is None and shape[0] % groups:
             raise ConfigError(f"{groups} groups don't divide the first axis of {weights[0]!r}, {shape}")
-        return cls(space, weights[0], biases[0] if biases else None, groups, transposed)
+        if outputs is not None and math.prod(shape) % max(groups * outputs, 1):
+            raise ConfigError(f"{weights[0]!r}, {shape}, has no {groups} groups of {outputs} outputs")
+        return cls(space, weights[0], biases[0] if biases else None, groups, transposed, outputs)
 
     @property
     def sizes(self) -> tuple[int, int]:
         """The numbers of rows and columns of V (of one group): (out/groups, in (+ 1))."""
         shape = self.space.shapes[self.weight]
-        taps = math.prod(shape[2:])
-        if self.transposed:
-            out, columns = shape[1], shape[0] // self.groups * taps
+        if self.outputs is not None:
+            out, columns = self.outputs, math.prod(shape) // (self.groups * self.outputs)
+        elif self.transposed:
+            out, columns = shape[1], shape[0] // self.groups * math.prod(shape[2:])
         else:
-            out, columns = shape[0] // self.groups, shape[1] * taps
+            out, columns = shape[0] // self.groups, math.prod(shape[1:])
         return out, columns + (self.bias is not None)
 
     def check(self, A: Tensor, G: Tensor) -> None:
@@ -100,16 +119,20 @@ class LinearMap:
                 f"the bias {self.bias!r} has shape {self.space.shapes[self.bias]}, not ({size},)"
             )
 
+    @property
+    def _layout(self) -> _Layout:
+        return {"groups": self.groups, "transposed": self.transposed, "outputs": self.outputs}
+
     def join(self, rows: Mapping[str, Tensor]) -> Tensor:
         """V [K, (groups,) out, in (+ 1)] from K vectors."""
         bias = None if self.bias is None else rows[self.bias]
-        return join(rows[self.weight], bias, groups=self.groups, transposed=self.transposed, batch_dims=1)
+        return join(rows[self.weight], bias, batch_dims=1, **self._layout)
 
     def split(self, V: Tensor) -> Rows:
         """K vectors from V [K, (groups,) out, in (+ 1)]."""
         shape = self.space.shapes[self.weight]
         has_bias = self.bias is not None
-        weight, bias = split(V, shape, bias=has_bias, groups=self.groups, transposed=self.transposed)
+        weight, bias = split(V, shape, bias=has_bias, **self._layout)
         return {self.weight: weight} if bias is None else {self.weight: weight, str(self.bias): bias}
 
 
@@ -131,6 +154,7 @@ class FactoredInverse:
         damping: float,
         *,
         transposed: bool = False,
+        flat: bool = False,
     ) -> None:
         """Takes the block as `Kronecker` does, or a factor's diagonal, and λ ≥ 0; then as `refresh`.
 
@@ -138,7 +162,12 @@ class FactoredInverse:
             ConfigError: the factors don't fit the space; λ is negative or not finite.
             NonFiniteError, NotPositiveDefiniteError: as `refresh`.
         """
-        self.map = LinearMap.of(space, groups=A.shape[0] if A.ndim == 3 else 1, transposed=transposed)
+        self.map = LinearMap.of(
+            space,
+            groups=A.shape[0] if A.ndim == 3 else 1,
+            transposed=transposed,
+            outputs=G.shape[-1] if flat else None,
+        )
         self.A_inverse, self.G_inverse = torch.empty_like(A), torch.empty_like(G)
         self.pi = torch.ones(A.shape[:1] if A.ndim == 3 else (), dtype=A.dtype, device=A.device)
         self.stages: dict[str, Stage] = {}

@@ -47,6 +47,7 @@ class Kronecker(LinearOperator):
             convolution in counts patches, in·kh·kw. With groups, one factor for each: [groups, in (+ 1), in (+ 1)].
         G: the factor of the outputs, [out, out]; with groups [groups, out/groups, out/groups].
         transposed: the weight is stored with its input axis first (`ConvTranspose2d`, Hugging Face's `Conv1D`).
+        flat: the weight has several axes of groups, inputs or outputs (see `linalg.kronecker`).
 
     Raises:
         ConfigError: the factors don't fit the space, or one another.
@@ -56,6 +57,7 @@ class Kronecker(LinearOperator):
     A: Float[Tensor, "*groups i i"]
     G: Float[Tensor, "*groups o o"]
     transposed: bool = False
+    flat: bool = False
 
     def __post_init__(self) -> None:
         if self.A.ndim == self.G.ndim == 3 and len(self.A) == 1:  # one group is no group
@@ -66,7 +68,8 @@ class Kronecker(LinearOperator):
     @functools.cached_property
     def _map(self) -> LinearMap:
         groups = self.A.shape[0] if self.A.ndim == 3 else 1
-        return LinearMap.of(self.space, groups=groups, transposed=self.transposed)
+        outputs = self.G.shape[-1] if self.flat else None
+        return LinearMap.of(self.space, groups=groups, transposed=self.transposed, outputs=outputs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,7 +104,9 @@ class Kronecker(LinearOperator):
         Raises:
             ConfigError, NonFiniteError, NotPositiveDefiniteError: as `FactoredInverse`.
         """
-        return FactoredInverse(self.space, self.A, self.G, damping, transposed=self.transposed)
+        return FactoredInverse(
+            self.space, self.A, self.G, damping, transposed=self.transposed, flat=self.flat
+        )
 
     def _damped_products(self, damping: float) -> Tensor:
         basis = self.eigenbasis
@@ -156,7 +161,7 @@ class Kronecker(LinearOperator):
         """
         values = self._damped_products(damping).reciprocal_()
         _, Q_A, _, Q_G = self.eigenbasis
-        return EigenKronecker(self.space, Q_A, Q_G, values, self.transposed)
+        return EigenKronecker(self.space, Q_A, Q_G, values, self.transposed, self.flat)
 
     def _dense(self) -> Tensor:
         check_room(self.space, self.dtype)
@@ -184,25 +189,25 @@ class Kronecker(LinearOperator):
         return self._map.split(kronecker_matmul(Q_A.mT, Q_G, z * products.rsqrt()))
 
     def _scaled(self, scale: float) -> LinearOperator:
-        return Kronecker(self.space, self.A, scale * self.G, self.transposed)
+        return dataclasses.replace(self, G=scale * self.G)
 
     def _restricted(self, names: tuple[str, ...]) -> LinearOperator:
         space = self.space.restrict(names)
         if len(names) == 2:  # in the other order
-            return Kronecker(space, self.A, self.G, self.transposed)
+            return dataclasses.replace(self, space=space)
         if names == (self._map.weight,):
-            return Kronecker(space, self.A[..., :-1, :-1], self.G, self.transposed)
+            return dataclasses.replace(self, space=space, A=self.A[..., :-1, :-1])
         blocks = self.G * self.A[..., -1:, -1:]
         return Dense(space, torch.block_diag(*blocks) if blocks.ndim == 3 else blocks)
 
     def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
-        return Kronecker(self.space, self.A.to(device, dtype), self.G.to(device, dtype), self.transposed)
+        return dataclasses.replace(self, A=self.A.to(device, dtype), G=self.G.to(device, dtype))
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {"A": self.A, "G": self.G}, {"transposed": self.transposed}
+        return {"A": self.A, "G": self.G}, {"transposed": self.transposed, "flat": self.flat}
 
     @classmethod
     def _from_state(
         cls, space: ParameterSpace, tensors: dict[str, Tensor], meta: dict[str, Any]
     ) -> Kronecker:
-        return cls(space, tensors["A"], tensors["G"], meta["transposed"])
+        return cls(space, tensors["A"], tensors["G"], meta["transposed"], meta.get("flat", False))

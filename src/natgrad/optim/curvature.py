@@ -40,6 +40,7 @@ class Curvature:
         seed: int,
         fallback: Fallback | None,
         small_steps: bool = False,
+        relative: bool = False,
     ) -> None:
         self._members, self._likelihood, self._fallback = members, likelihood, fallback
         first = next(iter(members.parameters.values()))
@@ -47,8 +48,9 @@ class Curvature:
         self.estimates: list[tuple[Metric, Estimate, Tape]] = [
             (metric, metric.start(parameters), Tape(parameters)) for metric, parameters in members.by_metric()
         ]
-        if small_steps:
-            for _, estimate, _ in self.estimates:
+        for _, estimate, _ in self.estimates:
+            estimate.relative = relative
+            if small_steps:
                 estimate.expect_small_steps()
         self.tapes = [tape for _, estimate, tape in self.estimates if estimate.kind is not None]
         self.measures = any(not isinstance(metric, Euclidean) for metric, _, _ in self.estimates)

@@ -34,6 +34,7 @@ from natgrad.steps import (
     NoiseFloor,
     Pace,
     Promise,
+    RelativeDamping,
     ResidualStep,
     StepSize,
     TrustRegion,
@@ -101,10 +102,22 @@ class Plumbing(torch.optim.Optimizer):
         )
         # ρ needs the loss, so it needs the targets, or residuals.
         measurable = isinstance(likelihood, nn.Module) or on_residuals or targets is not None
-        self.damping_rule = damping_from(
-            damping, isinstance(self.step_size, AdaptiveStep) and measurable, tempered
+        unit_free = all(metric.by_layer for metric, _ in self._members.by_metric()) and not any(
+            group["l2"] for group in self._members.groups
         )
-        if not measurable and not isinstance(self.damping_rule, ConstantDamping):
+        self.damping_rule = damping_from(
+            damping,
+            isinstance(self.step_size, AdaptiveStep) and measurable,
+            tempered,
+            relative=isinstance(self.step_size, Grafted) and unit_free,
+        )
+        relative = isinstance(self.damping_rule, RelativeDamping)
+        if relative and not (unit_free and isinstance(self.step_size, (FixedStep, Grafted))):
+            raise ConfigError(
+                "RelativeDamping goes with lr= and a metric that damps layer by layer (KFAC, EKFAC, Diagonal), and not "
+                "with L2: give a number as damping"
+            )
+        if not measurable and not isinstance(self.damping_rule, (ConstantDamping, RelativeDamping)):
             raise ConfigError(
                 "this damping needs the loss at the new parameters, which a likelihood alone does not tell; pass the "
                 "torch.nn loss, or targets=, or a number as damping"
@@ -136,7 +149,9 @@ class Plumbing(torch.optim.Optimizer):
             raise ConfigError(
                 "the decay of weights is a residual too: return {..., 'decay': η**0.5 * θ} beside yours"
             )
-        if isinstance(self.step_size, Grafted) and not isinstance(self.damping_rule, ConstantDamping):
+        if isinstance(self.step_size, Grafted) and not (
+            relative or isinstance(self.damping_rule, ConstantDamping)
+        ):
             raise ConfigError("Grafted leaves no step to measure: give a number as damping beside it")
         if isinstance(self.step_size, TrustRegion):
             self._check_trust_region(fallback)
@@ -148,7 +163,7 @@ class Plumbing(torch.optim.Optimizer):
         self._away = False
         super().__init__(self._members.groups, {"lr": default_lr})
         self._built = True
-        self._curvature = Curvature(self._members, self.likelihood, seed, fallback, small_steps)
+        self._curvature = Curvature(self._members, self.likelihood, seed, fallback, small_steps, relative)
         self._watcher = Watcher(
             model,
             likelihood if isinstance(likelihood, nn.Module) else None,

@@ -24,9 +24,10 @@ from natgrad.likelihoods.base import bare
 from natgrad.optim.hooks import Hook
 from natgrad.tape import Batch, Tape, evaluate
 from natgrad.tape.axes import settle
+from natgrad.tape.calls import Call
 from natgrad.tape.outputs import count_examples, find_outputs
 from natgrad.tape.plain import original, plain_pass, within_compiled
-from natgrad.tape.tape import Call, Recording
+from natgrad.tape.tape import Recording
 from natgrad.tape.tracking import tensors_in
 from natgrad.tape.unheard import leaves_of
 

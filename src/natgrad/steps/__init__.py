@@ -3,7 +3,14 @@
 from natgrad.steps.adaptive_spring import AdaptiveSPRING
 from natgrad.steps.alarm import Alarm
 from natgrad.steps.confirmation import Confirmation, Promise
-from natgrad.steps.damping import ConstantDamping, Damping, LevenbergMarquardt, NoiseFloor, damping_from
+from natgrad.steps.damping import (
+    ConstantDamping,
+    Damping,
+    LevenbergMarquardt,
+    NoiseFloor,
+    RelativeDamping,
+    damping_from,
+)
 from natgrad.steps.grafted import Grafted
 from natgrad.steps.grid import GridSearch
 from natgrad.steps.pace import Pace
@@ -45,6 +52,7 @@ __all__ = [
     "Pace",
     "Promise",
     "QuadraticModel",
+    "RelativeDamping",
     "ResidualStep",
     "StepSize",
     "Trial",

@@ -49,6 +49,30 @@ class Damping(abc.ABC):
 
 
 @dataclass(frozen=True)
+class RelativeDamping(Damping):
+    """λ of each layer is so many mean eigenvalues of its own block of F̂: without a unit, and the same for any loss.
+
+    For metrics that damp layer by layer (`KFAC`, `EKFAC`, `Tempered`, `Diagonal`) with lr= or `Grafted`, whose default
+    it is.
+
+    Attributes:
+        initial: how many.
+    """
+
+    initial: float = 1.0
+
+    def due(self, step: int) -> bool:
+        """Never: ρ is not needed."""
+        return False
+
+    def update(
+        self, damping: float, ratio: float, witness: Witness | None = None, elasticity: float | None = None
+    ) -> float:
+        """As it is."""
+        return damping
+
+
+@dataclass(frozen=True)
 class ConstantDamping(Damping):
     """λ stays as it is."""
 
@@ -175,13 +199,18 @@ class NoiseFloor(Damping):
         return self.initial * rows * torch.finfo(dtype).eps * largest
 
 
-def damping_from(damping: float | Damping | None, adaptive: bool, tempered: bool = False) -> Damping:
+def damping_from(
+    damping: float | Damping | None, adaptive: bool, tempered: bool = False, relative: bool = False
+) -> Damping:
     """A strategy from what the user gave; by default Levenberg–Marquardt where steps are adaptive, else constant.
 
-    A tempered metric needs no λ but against rounding: its power already holds low curvature back.
+    A tempered metric needs no λ but against rounding: its power already holds low curvature back. Where steps have
+    another's length, and the metric allows it, λ is relative.
     """
     if isinstance(damping, Damping):
         return damping
+    if damping is None and relative:
+        return RelativeDamping()
     if damping is None and tempered:
         return ConstantDamping(1e-6)
     if damping is None:

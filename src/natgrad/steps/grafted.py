@@ -16,7 +16,8 @@ class Grafted:
 
     A learning rate and a schedule that were found for AdamW then carry over as they are, as does its weight decay
     (`weight_decay`). Δ is made from the donor's averaged gradient. Parameters that no metric covers take the donor's
-    own step. Agarwal et al. 2020, "Disentangling adaptive gradient methods from learning rates" (arXiv 2002.11803),
+    own step. λ is relative by default (`RelativeDamping`), so that, as with Adam, a factor of the loss changes nothing.
+    Agarwal et al. 2020, "Disentangling adaptive gradient methods from learning rates" (arXiv 2002.11803),
     §2; here by layers.
 
     Attributes:

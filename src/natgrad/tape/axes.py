@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from natgrad.errors import OutputError
+from natgrad.tape.calls import Call
+from natgrad.tape.geometry import LinearGeometry
 from natgrad.tape.jacobian import Batch, Outputs, evaluate
 from natgrad.tape.outputs import examples_not_first
-from natgrad.tape.rules import LinearGeometry
-from natgrad.tape.tape import Call, Tape
+from natgrad.tape.tape import Tape
 from natgrad.tape.tracking import Terminal
 
 # An axis is found where what is left of the change is so small a part of it (squared); rounding leaves far less.
@@ -132,8 +133,12 @@ class _Met:
     def is_open(self, examples: int) -> bool:
         """Whether the shape leaves open where examples are."""
         geometry = self.act.geometry if isinstance(self.act, Call) else None
-        known = isinstance(geometry, LinearGeometry) and geometry.examples_second
-        return not known and candidates(self.sizes, examples) not in ([], [FIRST])
+        found = candidates(self.sizes, examples)
+        if isinstance(geometry, LinearGeometry) and geometry.examples_second:
+            return False
+        if isinstance(geometry, LinearGeometry) and geometry.groups > 1:
+            return bool(found)  # experts may have been handed as many tokens as there are examples
+        return found not in ([], [FIRST])
 
 
 def _places(tape: Tape, examples: int) -> Iterator[tuple[Place, _Met]]:
@@ -142,7 +147,7 @@ def _places(tape: Tape, examples: int) -> Iterator[tuple[Place, _Met]]:
         name, x, geometry = call.block.weight, call.raw_inputs, call.geometry
         counts[name] = counts.get(name, -1) + 1
         if isinstance(geometry, LinearGeometry):
-            x = x.mT if geometry.columns and x.dim() > 1 else x
+            x = geometry.vectors(x)
             yield (name, "map", counts[name]), _Met(call, x.shape, x.dim() - 1, x)
         else:
             yield (name, "map", counts[name]), _Met(call, x.shape, 0 if geometry.unbatched(x) else 1, x)

@@ -12,8 +12,8 @@ from torch.autograd.graph import GradientEdge
 from natgrad.operators.layerrows import Use
 from natgrad.operators.readings import Positions
 from natgrad.tape.adjoint import batched_grad
+from natgrad.tape.geometry import ConvolutionGeometry, Geometry, LinearGeometry
 from natgrad.tape.records import Block
-from natgrad.tape.rules import ConvolutionGeometry, Geometry, LinearGeometry
 
 # Passes whose signals together take fewer bytes than this are batched: such small operations cost more to call than
 # to compute. Above it one pass after the other is as fast or faster, as its tensors stay in the cache (measured on two

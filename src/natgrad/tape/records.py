@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.tape.rules import Geometry
+from natgrad.tape.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Block:
         inputs: features each output reads, within a group, without the homogeneous coordinate.
         outputs: features that each group writes.
         transposed: the weight is stored with its input axis first (see `linalg.kronecker`).
+        flat: the weight has several axes of groups, inputs or outputs, which are one each in the map.
     """
 
     weight: str
@@ -33,6 +34,7 @@ class Block:
     inputs: int
     outputs: int
     transposed: bool = False
+    flat: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -8,38 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
+from natgrad.tape.calls import Call, call_of, outputs_of
 from natgrad.tape.columns import LayerColumns, send_back
 from natgrad.tape.decompose import POSITIONS_FIRST, audible_parts_of
 from natgrad.tape.elements import ElementColumns
 from natgrad.tape.finite import require_finite
+from natgrad.tape.geometry import Use, source
 from natgrad.tape.loudness import loudness, unscaled
 from natgrad.tape.records import Block, LayerRecord
-from natgrad.tape.rules import RULES, Geometry, LinearGeometry, Use, source
+from natgrad.tape.rules import RULES
 from natgrad.tape.tracking import Terminal, Tracker, UnexplainedError, tensors_in
 from natgrad.tape.unheard import PASSIVE, differentiated, leaves_of, transforms, unwrapped
-from natgrad.tape.views import edge_of, is_part, places
-
-
-@dataclass(frozen=True)
-class Call:
-    """One covered call of the forward pass, still waiting for its signals."""
-
-    block: Block
-    geometry: Geometry
-    raw_inputs: Tensor
-    edge: GradientEdge
-    shape: torch.Size  # of its result, and so of its signals
-    has_bias: bool
-    nbytes: int = 0  # of these
-    half: bool = False  # whether these have few exponents, as float16
+from natgrad.tape.views import is_part, places
 
 
 @dataclass(frozen=True)
@@ -344,13 +331,12 @@ class Tape:
         if weight is None:
             return False
         parameter, known = source(use.weight), self.blocks.get(weight)
-        place = next(
-            (p for p in places(use, parameter) if known is None or p.transposed == known.transposed), None
-        )
-        groups = use.geometry.groups
-        if place is None or (known is not None and known.groups != groups):
+        place = next((p for p in places(use, parameter) if known is None or p.fits(known)), None)
+        if place is None:
             return False
-        outputs = parameter.shape[1] * groups if place.transposed else parameter.shape[0]
+        groups, outputs = use.geometry.groups, outputs_of(use, place, parameter)
+        if known is not None and (known.groups, known.outputs * groups) != (groups, outputs):
+            return False
         bias = None if use.bias is None else self._name(use.bias)
         if use.bias is not None and bias is not None:
             fits = is_part(use.bias, source(use.bias), place.start, outputs)
@@ -363,26 +349,18 @@ class Tape:
         if known is None:
             inputs = parameter.numel() // outputs
             known = Block(
-                weight, bias, use.geometry.name, groups, inputs, outputs // groups, place.transposed
+                weight,
+                bias,
+                use.geometry.name,
+                groups,
+                inputs,
+                outputs // groups,
+                place.transposed,
+                place.flat,
             )
             self.blocks[weight] = known
         if isinstance(result, Tensor) and result.requires_grad:
-            rows = use.weight.shape[1 if use.transposed else 0] * (groups if use.transposed else 1)
-            geometry = use.geometry.within(place.start, outputs - place.start - rows)
-            if self._examples_second and isinstance(geometry, LinearGeometry):
-                geometry = replace(geometry, examples_second=True)
-            self.calls.append(
-                Call(
-                    known,
-                    geometry,
-                    use.raw_input.detach(),
-                    edge_of(result),
-                    result.shape,
-                    bias is not None,
-                    result.numel() * result.element_size(),
-                    result.dtype == torch.float16,
-                )
-            )
+            self.calls.append(call_of(known, use, place, result, bias is not None, self._examples_second))
         return True
 
 
