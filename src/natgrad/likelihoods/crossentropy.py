@@ -57,9 +57,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             OutputError: logits without a batch dimension, or not of a floating-point type.
         """
         likelihood = self.likelihood()
-        likelihood._check_outputs(
-            input
-        )  # what `check` asks beside it reads values, and on a GPU waits for them
+        likelihood._check_outputs(input)  # all of `check` would read values, and wait for a GPU
         return likelihood._loss(input, target)
 
     def extra_repr(self) -> str:

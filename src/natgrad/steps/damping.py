@@ -49,34 +49,8 @@ class Damping(abc.ABC):
 
 
 @dataclass(frozen=True)
-class RelativeDamping(Damping):
-    """λ of each layer is so many mean eigenvalues of its own block of F̂: without a unit, and the same for any loss.
-
-    For metrics that damp layer by layer (`KFAC`, `EKFAC`, `Tempered`, `Diagonal`) with lr= or `Grafted`, whose default
-    it is.
-
-    Attributes:
-        initial: how many.
-    """
-
-    initial: float = 1.0
-
-    def due(self, step: int) -> bool:
-        """Never: ρ is not needed."""
-        return False
-
-    def update(
-        self, damping: float, ratio: float, witness: Witness | None = None, elasticity: float | None = None
-    ) -> float:
-        """As it is."""
-        return damping
-
-
-@dataclass(frozen=True)
-class ConstantDamping(Damping):
-    """λ stays as it is."""
-
-    initial: float = 1e-3
+class Unmeasured(Damping):
+    """A rule that no step's outcome changes."""
 
     def due(self, step: int) -> bool:
         """Never: ρ is not needed."""
@@ -87,6 +61,27 @@ class ConstantDamping(Damping):
     ) -> float:
         """λ, unchanged."""
         return damping
+
+
+@dataclass(frozen=True)
+class ConstantDamping(Unmeasured):
+    """λ stays as it is."""
+
+    initial: float = 1e-3
+
+
+@dataclass(frozen=True)
+class RelativeDamping(Unmeasured):
+    """λ of each layer is so many mean eigenvalues of its own block of F̂: without a unit, and the same for any loss.
+
+    For metrics that damp layer by layer (`KFAC`, `EKFAC`, `Tempered`, `Diagonal`) with lr= or `Grafted`, whose default
+    it is.
+
+    Attributes:
+        initial: how many.
+    """
+
+    initial: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ class LevenbergMarquardt(Damping):
 
 
 @dataclass(frozen=True)
-class NoiseFloor(Damping):
+class NoiseFloor(Unmeasured):
     """λ at what rounding leaves of F's spectrum: the least that a solve through JJᵀ or JᵀJ bears.
 
     For steps on residuals. A system of M rows in a precision of ε has eigenvalues that are noise up to about M ε times
@@ -177,16 +172,6 @@ class NoiseFloor(Damping):
     """
 
     initial: float = 1.0
-
-    def due(self, step: int) -> bool:
-        """Never: ρ is not needed."""
-        return False
-
-    def update(
-        self, damping: float, ratio: float, witness: Witness | None = None, elasticity: float | None = None
-    ) -> float:
-        """λ, unchanged; it is found anew in each step."""
-        return damping
 
     def of(self, largest: float, rows: int, dtype: torch.dtype) -> float:
         """λ.
