@@ -89,7 +89,7 @@ def test_what_it_brings_along() -> None:
     assert (
         optimizer.step_size
         == AdaptiveStep.tempered()
-        == AdaptiveStep(0.0, settle=0, coarse=0, calm=5, steady=True)
+        == AdaptiveStep(0.0, settle=0, coarse=0, calm=5, steady=True, nesterov=True)
     )
     assert optimizer.damping_rule == ConstantDamping(1e-6)
     assert Tempered() == Tempered(kind="empirical", power=2 / 3)
@@ -179,3 +179,23 @@ def test_what_no_rule_covers_is_tempered_too() -> None:
     moved = model.scale.detach() - before
     expected = -g / (len(x) * g.square() + 1e-6).pow(2 / 3)
     torch.testing.assert_close(moved / moved.norm(), expected / expected.norm())
+
+
+@pytest.mark.parametrize(("metric", "missed"), [("tempered", False), (EKFAC(kind="empirical"), True)])
+def test_early_steps_all_enter_the_second_moments(metric: object, missed: bool) -> None:
+    """Even where nothing moves; later steps need not."""
+    x, y = data()
+    model, loss = net(), nn.CrossEntropyLoss()
+    optimizer = natgrad.NaturalGradient(model, loss, metric=metric, lr=AdaptiveStep.tempered())
+    seen = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        kept = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), kept, strict=True):
+                p.copy_(value)
+        seen.append(optimizer.info.observed)
+    assert all(seen[:33]) is not missed
+    assert not all(seen[33:])

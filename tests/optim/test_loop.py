@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import natgrad
-from natgrad import StepError
+from natgrad import AdaptiveStep, StepError
 from tests.optim.runs import METRICS, MODES, Run, batches, for_every, net, parameters
 
 
@@ -288,3 +288,19 @@ def test_with_a_learning_rate_curvature_is_looked_at_more_seldom(metric: str) ->
 
     assert longest(None) == 5
     assert longest(1e-3) == 20
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_present_gradient_counts_once_or_twice_in_the_average(nesterov: bool) -> None:
+    """Δ = −m with m ← βm + (1 − β)g, or −(βm + (1 − β)g), by the definitions; the metric is the identity."""
+    size = AdaptiveStep(0.0, settle=0, coarse=0, nesterov=nesterov)
+    run = Run.of("euclidean", "adaptive", lr=size)
+    m: Tensor | None = None
+    for step, batch in enumerate(batches(15)):
+        before = parameters(run.model)
+        run.step(batch)
+        g = torch.cat([p.grad.reshape(-1) for p in run.model.parameters()])
+        keep = min(0.9, 1 - 1 / (step + 1))
+        m = g if m is None else keep * m + (1 - keep) * g
+        slope = keep * m + (1 - keep) * g if nesterov else m
+        torch.testing.assert_close(parameters(run.model) - before, -run.optimizer.info.alpha * slope)

@@ -36,6 +36,8 @@ from natgrad.tape.records import Block
 
 # `natgrad.fisher` keeps inputs and signals of the first sweep, up to so many bytes, to save the second one.
 KEPT_BYTES = 2**28
+# Tempered, a period is at most a 16th of the average's age: each step is looked at until step 32.
+TEMPERED_YOUTH = 16
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,12 @@ class _EKFACEstimate(FactorEstimate):
         )
         self.kind, self._power = metric.kind, metric.power
         self._eigen: dict[str, _Eigen] = {}
-        # Tempered steps are small, so that little moves between two looks; 20 steps between them cost accuracy.
-        self._observing = Refresh(metric.factors, longest=10 if metric.tempered else 5)
+        # Tempered steps are small, so that little moves between two looks; 20 steps between them cost accuracy,
+        # and so does missing some of the first: see docs/architecture.md.
+        if metric.tempered:
+            self._observing = Refresh(metric.factors, longest=10, youth=TEMPERED_YOUTH)
+        else:
+            self._observing = Refresh(metric.factors)
         self._turning = Refresh(metric.refresh, longest=20)
         self._kept: list[_Kept] = []
         self._bytes = 0

@@ -11,8 +11,8 @@ from torch import Tensor
 from natgrad.errors import ConfigError
 
 # Drift is the relative change of the average's entries on a fixed sample since the last look. Below LOW the period
-# doubles, above HIGH it halves. It also stays below a quarter of the average's age: what is young moves, even if the
-# noise of its first batches hides it.
+# doubles, above HIGH it halves. It also stays below a quarter of the average's age, or another part of it:
+# what is young moves, even if the noise of its first batches hides it.
 LOW, HIGH, YOUTH = 0.15, 0.4, 4
 # The longest period where steps are many and small, as with a learning rate: little moves between two looks.
 SMALL_STEPS = 20
@@ -25,13 +25,14 @@ class Refresh:
     Args:
         period: a fixed period in steps, or None to adapt it between 1 and `longest`.
         longest: the longest period that adapting may choose.
+        youth: adapting chooses a period of at most the average's age over this.
     """
 
-    def __init__(self, period: int | None, longest: int = 5) -> None:
+    def __init__(self, period: int | None, longest: int = 5, youth: int = YOUTH) -> None:
         if period is not None and period < 1:
             raise ConfigError(f"a refresh period must be at least 1 step, or None to adapt it; got {period}")
         self._fixed = period
-        self.longest = longest
+        self.longest, self._youth = longest, youth
         self.period = period or 1
         self._first: int | None = None
         self._last: int | None = None
@@ -62,7 +63,7 @@ class Refresh:
             return
         age = (self._last or 0) - (self._first or 0)
         if drift < LOW:
-            self.period = max(1, min(2 * self.period, self.longest, age // YOUTH))
+            self.period = max(1, min(2 * self.period, self.longest, age // self._youth))
         elif drift > HIGH:
             self.period = max(1, self.period // 2)
 

@@ -356,7 +356,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         return {"actual": actual, "rho": ratio}
 
     def _averaged(self, gradient: Vector) -> Vector:
-        """The gradient that Δ is made from: β of the last one's and 1 − β of this batch's."""
+        """The gradient that Δ is made from: m ← βm + (1 − β)∇h, or βm + (1 − β)∇h once more."""
         if not isinstance(self.step_size, AdaptiveStep):
             return gradient
         keep = self.step_size.keep(self._step)
@@ -368,7 +368,8 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
                     state["gradient"] = g.clone()
                 averaged[name] = g
             else:
-                averaged[name] = state["gradient"].lerp_(g, 1.0 - keep)
+                m = state["gradient"].lerp_(g, 1.0 - keep)
+                averaged[name] = m.lerp(g, 1.0 - keep) if self.step_size.nesterov else m
         return averaged
 
     def _is_to_blame(self) -> bool:

@@ -91,6 +91,9 @@ class AdaptiveStep:
             where the next batch confirms nearly all of each step. None to keep none.
         steady: α is the geometric mean of its last measurements (`natgrad.steps.Pace`), and where these agree it is
             measured in every few steps only. For a fixed momentum: a free μ has to be measured with α.
+        nesterov: Δ is made from βm + (1 − β)∇h with m the averaged gradient: the present batch counts 1 − β²
+            of it instead of 1 − β (Dozat 2016, NAdam), so that steps overshoot less along directions of high
+            curvature (Sutskever et al. 2013, §2.1).
     """
 
     momentum: float | None = None
@@ -103,6 +106,7 @@ class AdaptiveStep:
     growth: float = 1.3
     average: float | None = 8.0
     steady: bool = False
+    nesterov: bool = False
 
     def __post_init__(self) -> None:
         if self.momentum is not None and not 0 <= self.momentum < 1:
@@ -131,7 +135,7 @@ class AdaptiveStep:
         Such a Δ is right layer by layer to a power only, so that a coarse space over layers would mislead; and it is
         for batches so noisy that the model would use μ to undo the averaging of gradients.
         """
-        return cls(momentum or 0.0, settle=0, coarse=0, calm=5, steady=True)
+        return cls(momentum or 0.0, settle=0, coarse=0, calm=5, steady=True, nesterov=True)
 
     def keep(self, step: int) -> float:
         """β in this step: 0 until the loss has settled, then an equal-weighted mean that becomes an exponential one."""
