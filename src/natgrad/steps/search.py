@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -32,9 +31,8 @@ class CurvedSearch:
 
     λ is the least of a ladder, from a rung below the last step's upwards, for which t ≥ `shortest`. A greedy λ, with
     the lowest loss after each step, ends in narrow valleys and crawls; long steps that lower the loss by little pass
-    them by. After a step whose first rung led nowhere the next one begins a rung higher. A step for which nothing
-    lowers the loss leaves λ as it was. Where the metric knows the singular values of J, small ones are left out rather
-    than damped (`order`).
+    them by. A step for which nothing lowers the loss leaves λ as it was. Where the metric knows the singular values of
+    J, small ones are left out rather than damped (`order`).
 
     Attributes:
         initial: the first λ, in the largest eigenvalue of F.
@@ -77,12 +75,7 @@ class CurvedSearch:
             count += 1
             damping *= self.rung if count <= RUNGS else self.rung**FARTHER
             damping = min(damping, GREATEST * largest)
-        decision = trial.decision(last)
-        if decision.update is None or count == 0:
-            return decision
-        return dataclasses.replace(
-            decision, following=decision.damping * self.rung
-        )  # not in vain twice running
+        return trial.decision(last)
 
 
 class _Trial:
