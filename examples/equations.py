@@ -33,7 +33,7 @@ from natgrad.lab.problem import sum_of_squares
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # Adam's, each tried for a part of the seconds from another network
 PART = 0.25
-# The paper's lengths go down to 2⁻³⁰; each costs a loss, and below 2⁻¹² nothing was won.
+# The paper's lengths go down to 2⁻³⁰; each costs a loss, and below 2⁻¹² nothing was won but a little in 5-D.
 LINE = natgrad.GridSearch(finest=12)
 # All points, no sampled signals, and half of the last step's factors: with the default, 0.95, it was slower.
 FACTORS = natgrad.KFAC(kind="exact", examples=None, decay=0.5, factors=1, inverses=1)

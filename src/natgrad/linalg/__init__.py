@@ -9,7 +9,7 @@ from natgrad.linalg.factorise import (
 )
 from natgrad.linalg.gram import accumulate_gram, symmetric_gram
 from natgrad.linalg.iterate import Convergence, conjugate_gradients, minimal_residuals
-from natgrad.linalg.kronecker import join, kronecker_dense, kronecker_matmul, split
+from natgrad.linalg.kronecker import join, kronecker_dense, kronecker_matmul, map_sizes, split
 from natgrad.linalg.lanczos import Eigenpairs, Lanczos, largest_eigenpairs
 from natgrad.linalg.nystrom import Nystrom
 from natgrad.linalg.stochastic import Estimated
@@ -31,6 +31,7 @@ __all__ = [
     "kronecker_dense",
     "kronecker_matmul",
     "largest_eigenpairs",
+    "map_sizes",
     "minimal_residuals",
     "split",
     "symmetric_gram",

@@ -78,7 +78,7 @@ def join(
         [*batch, out, in (+ 1)]; with more than one group [*batch, groups, out/groups, in (+ 1)].
     """
     batch, shape = weight.shape[:batch_dims], weight.shape[batch_dims:]
-    rows, columns, taps = _sizes(shape, groups, transposed, outputs)
+    rows, columns, taps = map_sizes(shape, groups, transposed, outputs)
     if transposed:
         V = weight.reshape(*batch, groups, columns // taps, rows, taps).transpose(-3, -2).flatten(-2)
     else:
@@ -114,14 +114,23 @@ def split(
     batch, (_, rows, _) = grouped.shape[:-3], grouped.shape[-3:]
     weight = grouped[..., :-1] if bias else grouped
     if transposed:
-        _, columns, taps = _sizes(weight_shape, groups, transposed, outputs)
+        _, columns, taps = map_sizes(weight_shape, groups, transposed, outputs)
         weight = weight.reshape(*batch, groups, rows, columns // taps, taps).transpose(-3, -2)
     shaped = weight.reshape(*batch, *weight_shape)
     return shaped, grouped[..., -1].reshape(*batch, groups * rows) if bias else None
 
 
-def _sizes(shape: Sequence[int], groups: int, transposed: bool, outputs: int | None) -> tuple[int, int, int]:
-    """Outputs and inputs of one group, and how many of the inputs belong to one entry of a transposed weight's axis."""
+def map_sizes(
+    shape: Sequence[int], groups: int, transposed: bool, outputs: int | None
+) -> tuple[int, int, int]:
+    """Outputs and inputs of one group, and how many of the inputs belong to one entry of a transposed weight's axis.
+
+    Args:
+        shape: the weight's.
+        groups: of a grouped convolution.
+        transposed: the weight's input axis comes first.
+        outputs: of one group, if the weight is flat.
+    """
     if outputs is not None:
         return outputs, math.prod(shape) // (groups * outputs), 1
     if transposed:

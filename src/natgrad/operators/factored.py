@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.errors import ConfigError, NonFiniteError, NotPositiveDefiniteError
-from natgrad.linalg import Stage, cholesky, inverse_from_cholesky, join, kronecker_matmul, split
+from natgrad.linalg import Stage, cholesky, inverse_from_cholesky, join, kronecker_matmul, map_sizes, split
 from natgrad.operators.base import Rows, check_scalar
 from natgrad.operators.space import ParameterSpace
 
@@ -79,12 +79,7 @@ class LinearMap:
     def sizes(self) -> tuple[int, int]:
         """The numbers of rows and columns of V (of one group): (out/groups, in (+ 1))."""
         shape = self.space.shapes[self.weight]
-        if self.outputs is not None:
-            out, columns = self.outputs, math.prod(shape) // (self.groups * self.outputs)
-        elif self.transposed:
-            out, columns = shape[1], shape[0] // self.groups * math.prod(shape[2:])
-        else:
-            out, columns = shape[0] // self.groups, math.prod(shape[1:])
+        out, columns, _ = map_sizes(shape, **self._layout)
         return out, columns + (self.bias is not None)
 
     def check(self, A: Tensor, G: Tensor) -> None:
