@@ -6,7 +6,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from natgrad.lab.race import Race
 from natgrad.lab.report import report_lines, write_report
 from natgrad.lab.runs import read_race
 from natgrad.lab.summary import summarise
+from tests.lab.runs import Interrupting, evaluations
 
 
 @pytest.fixture
@@ -38,10 +38,6 @@ class Still(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tensor([-50.0, 50.0]).expand(len(x), 2)
-
-
-def evaluations(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return {run.config["optimizer"]: run.evaluations for run in read_race(folder)[1]}
 
 
 def written_out(rollout: Rollout, copy: int, weights: torch.Tensor, weight: float) -> torch.Tensor:
@@ -178,18 +174,12 @@ def test_an_interrupted_run_goes_on_with_the_episodes_of_its_step(
     problem: CartPole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from natgrad.lab import race as race_module
-    from natgrad.lab.live import Silent
-
-    class Interrupting(Silent):
-        def progress(self, leg: Any, record: Any, spent: float) -> None:
-            if record["kind"] == "step" and record["step"] == 3:
-                raise KeyboardInterrupt
 
     field, budget = entrants(["natgrad"], problem), Budget(steps=4, evaluate_every=2)
     Race(problem, field, tmp_path / "whole", budget).run()
     monkeypatch.setattr(race_module, "_CHECKPOINT_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        Race(problem, field, tmp_path / "twice", budget).run(Interrupting())
+        Race(problem, field, tmp_path / "twice", budget).run(Interrupting(3))
     Race(problem, field, tmp_path / "twice", budget).run()
     whole, twice = (evaluations(tmp_path / which)["natgrad"] for which in ("whole", "twice"))
     assert [e["excess"] for e in whole] == [e["excess"] for e in twice]

@@ -21,6 +21,7 @@ from natgrad.lab.plan import Budget
 from natgrad.lab.problem import Problem, epochs
 from natgrad.lab.race import Race
 from natgrad.lab.runs import read_race
+from tests.lab.runs import Interrupting
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -105,17 +106,6 @@ def test_finished_runs_are_kept(problem: Problem, peers: tuple[Entrant, ...], tm
     Race(problem, peers, tmp_path, Budget(steps=5), seeds=(0, 1)).run()
     assert all(p.read_bytes() == content for p, content in before.items())
     assert len(read_race(tmp_path)[1]) == 4
-
-
-class Interrupting(Silent):
-    """Presses ctrl-C at a step of a run."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def progress(self, leg: Any, record: Any, spent: float) -> None:
-        if record["kind"] == "step" and record["step"] == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("checkpoints", [True, False])

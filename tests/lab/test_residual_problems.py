@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from natgrad.lab.race import Race
 from natgrad.lab.report import report_lines, write_report
 from natgrad.lab.runs import read_race
 from natgrad.lab.summary import summarise
+from tests.lab.runs import Interrupting, evaluations
 
 NAMES = ("poisson-2d", "poisson-5d", "heat", "helmholtz", "misra1a", "boxbod", "thurber", "mgh09", "mgh10")
 
@@ -29,11 +29,6 @@ def small(name: str) -> ResidualProblem:
     """An equation on 7 points a side."""
     key = {"poisson-2d": "Poisson, 2-D", "poisson-5d": "Poisson, 5-D"}[name]
     return equations.equation_problem(name, key, "made small", 1e-5, adam=0.03, side=7)
-
-
-def evaluations(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    _, runs = read_race(folder)
-    return {run.config["optimizer"]: run.evaluations for run in runs}
 
 
 @pytest.mark.parametrize("name", [*NAMES, "linear-gaussian"])
@@ -112,19 +107,13 @@ def test_an_interrupted_run_on_fresh_points_goes_on_with_the_points_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from natgrad.lab import race as race_module
-    from natgrad.lab.live import Silent
-
-    class Interrupting(Silent):
-        def progress(self, leg: Any, record: Any, spent: float) -> None:
-            if record["kind"] == "step" and record["step"] == 5:
-                raise KeyboardInterrupt
 
     problem = small("poisson-5d")
     field, budget = entrants(["adam"], problem), Budget(steps=9, evaluate_every=3)
     Race(problem, field, tmp_path / "whole", budget).run()
     monkeypatch.setattr(race_module, "_CHECKPOINT_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        Race(problem, field, tmp_path / "twice", budget).run(Interrupting())
+        Race(problem, field, tmp_path / "twice", budget).run(Interrupting(5))
     Race(problem, field, tmp_path / "twice", budget).run()
     whole, twice = (evaluations(tmp_path / which)["adam"] for which in ("whole", "twice"))
     assert [e["excess"] for e in whole] == [e["excess"] for e in twice]
