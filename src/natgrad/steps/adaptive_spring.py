@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -10,12 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.errors import ConfigError
+from natgrad.steps.damping import NoiseFloor
+from natgrad.steps.grid import GridSearch
 from natgrad.steps.problem import Decision, LeastSquares, half_square, predicted_change
 
 # A step may raise the loss by so much: with momentum, and with points that are drawn anew, the next one makes it good.
 TOLERATED = 1.1
 # After so many refusals in one step the momentum is let go.
 REFUSALS = 3
+# A search begins with λ at so many noise floors, and looks at lengths down to 2⁻¹².
+LEAST, LENGTHS = NoiseFloor(1e4), GridSearch(finest=12)
+# What a step of less than the whole length multiplies λ by, so that a whole one comes.
+RISE = 1.5
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,13 @@ class AdaptiveSPRING:
 
     Attributes:
         momentum: μ.
-        initial: the first λ, in the largest eigenvalue of F.
+        initial: the first λ, in the largest eigenvalue of F; where a run begins by searching, the most that it is.
         factor: what λ is multiplied or divided by.
         trust: below the first of these ratios λ rises, above the second it falls.
         trials: the most values of λ in one step.
         corrected: take a second step from where the first ends, with the same J and λ (the chord method), where J's
             factorisation is at hand.
+        searching: begin by searching, where J's factorisation is at hand.
     """
 
     momentum: float = 0.8
@@ -43,6 +51,7 @@ class AdaptiveSPRING:
     trust: tuple[float, float] = (0.25, 0.75)
     trials: int = 12
     corrected: bool = True
+    searching: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -58,8 +67,10 @@ class AdaptiveSPRING:
         Args:
             problem: the present step's.
             damping: λ that the last step left, or None in the first.
-            previous: δ₀, or None.
+            previous: δ₀, or None, as it is until a search ends.
         """
+        if previous is None and self.searching and problem.repeats:
+            return self._search(problem, damping)
         r = problem.residuals
         loss = half_square(r)
         damping = self.initial * problem.largest if damping is None else damping
@@ -94,6 +105,27 @@ class AdaptiveSPRING:
                         predicted = predicted_change(r, before + image + problem.image(second))
                 return Decision(update, 1.0, used, damping, delta, after, predicted)
         return Decision(None, 0.0, used, damping, torch.zeros_like(problem.gradient()))
+
+    def _search(self, problem: LeastSquares, damping: float | None) -> Decision:
+        """The best length for the first λ that has one; momentum begins with a whole step that was foretold well."""
+        r, largest = problem.residuals, problem.largest
+        least = min(LEAST.of(largest, len(r), r.dtype), self.initial * largest)
+        damping = least if damping is None else max(damping, least)
+        for _ in range(self.trials):
+            decision = LENGTHS.decide(problem, damping, None, 0)
+            if decision.update is not None:
+                break
+            damping *= self.factor
+        following = damping * RISE if decision.alpha < 1 else damping
+        whole = decision.alpha == 1 and self._foretold(decision, half_square(r))
+        return dataclasses.replace(
+            decision, following=following, direction=decision.update if whole else None
+        )
+
+    def _foretold(self, decision: Decision, loss: float) -> bool:
+        if decision.loss is None or decision.predicted is None:
+            return False
+        return _ratio(decision.loss - loss, decision.predicted) >= self.trust[0]
 
 
 def _ratio(actual: float, predicted: float) -> float:
