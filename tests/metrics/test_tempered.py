@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad import EKFAC, ConfigError, Tempered
+from natgrad.metrics import ekfac, layers
 from natgrad.steps import AdaptiveStep, ConstantDamping
 
 DTYPE = torch.float64
@@ -49,6 +50,42 @@ def test_it_solves_with_a_power_of_the_operator(power: float, kind: str, show: C
     F = operator.to_dense() + damping * torch.eye(operator.space.numel, dtype=DTYPE)
     expected = power_of(F, -power) @ operator.space.flatten(gradient)
     torch.testing.assert_close(operator.space.flatten(solved), expected)
+
+
+class Tokens(nn.Module):
+    """A layer that three tokens share, and one that sees their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.shared, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.shared(x)).mean(1))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_of_a_layer_with_many_positions_fewer_examples_are_looked_at(
+    reduction: str, show: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in three of 11 here: what enters is theirs, scaled to the batch; a layer with one position sees them all."""
+    monkeypatch.setattr(layers, "ENOUGH", 3)
+    monkeypatch.setattr(ekfac, "TEMPERED_POSITIONS", 1)
+    source = torch.Generator().manual_seed(1)
+    x, y = torch.randn(11, 3, 2, dtype=DTYPE, generator=source), torch.randint(3, (11,), generator=source)
+    model, loss = Tokens().to(DTYPE), nn.CrossEntropyLoss(reduction=reduction)
+    thinned, whole = (show(EKFAC(kind="exact", power=0.5, examples=n), model, loss) for n in (11, None))
+    stay = show(EKFAC(kind="exact", power=0.5, examples=None), model, loss)
+    thinned.observe(x, y)
+    whole.observe(x, y)
+    stay.observe(x[::3], y[::3])
+    share = 1.0 if reduction == "mean" else 4 / 11
+    found, of_some, of_all = (shown.estimate.operator().blocks for shown in (thinned, stay, whole))
+    torch.testing.assert_close(found[0].to_dense(), of_some[0].to_dense() / share)
+    torch.testing.assert_close(found[1].to_dense(), of_all[1].to_dense())
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found[0].to_dense(), of_all[0].to_dense(), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("power", [0.3, 2 / 3, 1.0])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from natgrad.errors import StepError
 from natgrad.linalg import eigendecomposition
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind, check_power
-from natgrad.metrics.factorestimate import FactorEstimate
+from natgrad.metrics.factorestimate import POSITIONS, FactorEstimate
 from natgrad.metrics.factors import (
     Factors,
     Sharing,
@@ -38,6 +38,9 @@ from natgrad.tape.records import Block
 KEPT_BYTES = 2**28
 # Tempered, a period is at most a 16th of the average's age: each step is looked at until step 32.
 TEMPERED_YOUTH = 16
+# Tempered, at most so many positions for each of `examples` are looked at, for S too: steps are small and many, so that
+# looks add up.
+TEMPERED_POSITIONS = 4
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,14 @@ class _Kept:
 class _EKFACEstimate(FactorEstimate):
     def __init__(self, metric: EKFAC, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(
-            parameters, metric.decay, metric.examples, metric.sharing, metric.largest, metric.sides
+            parameters,
+            metric.decay,
+            metric.examples,
+            metric.sharing,
+            metric.largest,
+            metric.sides,
+            positions=TEMPERED_POSITIONS if metric.tempered else POSITIONS,
+            thin=metric.tempered,
         )
         self.kind, self._power = metric.kind, metric.power
         self._eigen: dict[str, _Eigen] = {}

@@ -50,6 +50,16 @@ class FactorEstimate(Estimate):
     """An estimate that keeps factors of every linear map and table that it sees, and the diagonal of F beside them.
 
     Parameters that act entry by entry, such as a normalisation's scale and shift, have the diagonal.
+
+    Args:
+        parameters: whose factors.
+        decay: ε of the averages.
+        examples: at most so many of a batch are looked at, evenly spaced; None for all.
+        sharing: what is done with positions that share a weight.
+        largest: a side of more numbers has its diagonal alone.
+        sides: so has the other side than these.
+        positions: at most so many for each of `examples` enter A.
+        thin: no more enter G and what is handed on either.
     """
 
     def __init__(
@@ -60,10 +70,13 @@ class FactorEstimate(Estimate):
         sharing: Sharing = "expand",
         largest: int | None = None,
         sides: Sides = "both",
+        positions: int = POSITIONS,
+        thin: bool = False,
     ) -> None:
         super().__init__(parameters)
         self._decay, self._examples = decay, examples
         self._sharing, self._largest, self._sides = sharing, largest, sides
+        self._rows, self._thin = None if examples is None else positions * examples, thin
         self._blocks: dict[str, Factors] = {}
         self._squares = RunningSquares(self.parameters, decay)
 
@@ -85,12 +98,10 @@ class FactorEstimate(Estimate):
         begun: dict[str, tuple[float, float]] = {}
         most = self._examples
         stride = 1 if most is None else -(-observation.examples // most)
-        thinned = observation.numerator * observation.examples / -(-observation.examples // stride)
-        weights = observation.weights if observation.weights is None else observation.weights[::stride]
         if factors_too:
             self._squares.begin(observation)
         for passes in portions(observation.passes, COLUMN_BYTES):
-            layers, elements = layers_of(passes, self.parameters, stride)
+            layers, elements = layers_of(passes, self.parameters, stride, self._rows if self._thin else None)
             tables = [element for element in elements if element.only_lookups]
             uses: list[Layer | ElementColumns] = [*layers, *tables]
             blocks = [self._factors(_block_of(use)) for use in uses]
@@ -112,10 +123,14 @@ class FactorEstimate(Estimate):
                         decay = decay_since(self._decay, factors.step, observation.step)
                         begun[weight] = decay, observation.denominator(first)
                         factors.step = observation.step
-                    own = weights if isinstance(use, Layer) else observation.weights
-                    factors.feed(use, begun[weight][0], own, begun[weight][1])
+                    weights = observation.weights
+                    if weights is not None and isinstance(use, Layer):
+                        weights = weights[:: use.stride]
+                    factors.feed(use, begun[weight][0], weights, begun[weight][1])
                 seen.add(key)  # the inputs are the same in every pass of one batch
-                numerator = thinned if isinstance(use, Layer) else observation.numerator
+                numerator = observation.numerator
+                if isinstance(use, Layer) and use.stride > 1:
+                    numerator *= observation.examples / use.examples
                 if factors_too:
                     factors.add_moments(use, moments[k], numerator)
                 yield Fed(factors, use, decay, numerator)
@@ -161,9 +176,8 @@ class FactorEstimate(Estimate):
         if block.weight not in self._blocks:
             space = self.space.restrict(block.names)
             like = self.parameters[block.weight]
-            rows = None if self._examples is None else POSITIONS * self._examples
             self._blocks[block.weight] = Factors(
-                block, space, like, self._sharing, self._largest, self._sides, rows
+                block, space, like, self._sharing, self._largest, self._sides, self._rows
             )
             self._added(block.weight)
         return self._blocks[block.weight]

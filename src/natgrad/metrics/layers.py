@@ -32,10 +32,12 @@ class Layer:
         block: the parameters that acted.
         uses: how. Their examples are the micro-batch's; where one did not act on the batch, all positions of all uses
             are those of a single example, as nothing says which belong together.
+        stride: one in so many of the micro-batch's examples is here.
     """
 
     block: Block
     uses: tuple[Use, ...]
+    stride: int = 1
 
     @property
     def examples(self) -> int:
@@ -51,7 +53,7 @@ class Layer:
         """The same micro-batch's uses, with the signals of further passes."""
         pairs = zip(self.uses, other.uses, strict=True)
         uses = (dataclasses.replace(a, signals=columns_of(a) + columns_of(b)) for a, b in pairs)
-        return Layer(self.block, tuple(uses))
+        return dataclasses.replace(self, uses=tuple(uses))
 
     @property
     def rows(self) -> LayerRows:
@@ -82,7 +84,7 @@ class Layer:
         """
         roots = None if weights is None or len(weights) != self.examples else weights.sqrt()
         if most is not None:
-            stride = max(1, min(self.examples * self.positions // most, self.examples // ENOUGH))
+            stride = _apart(self.examples, self.positions, most)
             uses = [dataclasses.replace(use, reading=use.reading.every(stride)) for use in self.uses]
             roots = None if roots is None else roots[::stride]
         else:
@@ -117,7 +119,10 @@ class Layer:
 
 
 def layers_of(
-    passes: Sequence[SignalPass], parameters: Mapping[str, nn.Parameter], stride: int = 1
+    passes: Sequence[SignalPass],
+    parameters: Mapping[str, nn.Parameter],
+    stride: int = 1,
+    most: int | None = None,
 ) -> tuple[list[Layer], list[ElementColumns]]:
     """The blocks that acted in a forward pass, with the signals of several passes back.
 
@@ -125,6 +130,7 @@ def layers_of(
         passes: at least one, of one forward pass.
         parameters: whose blocks are wanted.
         stride: one in so many examples of a block is taken.
+        most: fewer of them where they have more positions together, but `ENOUGH`; None for no bound.
 
     Returns:
         The linear maps, and the parameters that acted entry by entry or were looked up, of all examples.
@@ -140,10 +146,13 @@ def layers_of(
         dtype = parameters[block.weight].dtype
         uses = [use for use in (call.use(dtype) for call in own) if use is not None]
         if len(uses) < len(own):
-            uses = [_as_one_example(call, dtype) for call in own]
-        else:
-            uses = [_thinned(use, stride) for use in uses]
-        layers.append(Layer(block, tuple(uses)))
+            layers.append(Layer(block, tuple(_as_one_example(call, dtype) for call in own)))
+            continue
+        own_stride = stride
+        if most is not None:
+            examples = -(-len(uses[0].reading) // stride)
+            own_stride *= _apart(examples, sum(use.reading.positions for use in uses), most)
+        layers.append(Layer(block, tuple(_thinned(use, own_stride) for use in uses), own_stride))
     return layers, elements
 
 
@@ -152,11 +161,16 @@ def columns_of(use: Use) -> tuple[Float[Tensor, "n g o s"], ...]:
     return use.signals if isinstance(use.signals, tuple) else use.signals.unbind(1)
 
 
+def _apart(examples: int, positions: int, most: int) -> int:
+    """The stride at which examples have about so many positions together, where they share a weight."""
+    return max(1, min(examples * positions // most, examples // ENOUGH))
+
+
 def _thinned(use: Use, stride: int) -> Use:
     if stride == 1:
         return use
-    signals = tuple(column[::stride] for column in columns_of(use))
-    return Use(_changed(use.reading, lambda values: values[::stride]), signals, use.biased)
+    signals = tuple(column[::stride].clone() for column in columns_of(use))  # what is left out can go
+    return Use(_changed(use.reading, lambda values: values[::stride].clone()), signals, use.biased)
 
 
 def _as_one_example(call: LayerColumns, dtype: torch.dtype) -> Use:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.linalg import symmetric_gram
+from natgrad.linalg import accumulate_gram, symmetric_gram
 from natgrad.operators.readings import Patches
 
 # Patches are made so many numbers at a time: what the cache of a processor core holds until they are multiplied.
@@ -36,9 +36,9 @@ def add_patch_moments(total: Float[Tensor, "groups f f"], patches: Patches, deca
     beta = decay
     step = max(1, CACHED // (patches.groups * patches.features * patches.positions))
     for start in range(0, len(patches), step):
-        vectors = patches.vectors(slice(start, start + step))
-        for k, own in enumerate(total):  # summed over examples as they are multiplied
-            own.addbmm_(vectors[:, k], vectors[:, k].mT, beta=beta)
+        rows = patches.rows(slice(start, start + step)).flatten(1, 2)
+        for own, one in zip(total, rows, strict=True):
+            accumulate_gram(own, one, beta, 1.0)
         beta = 1.0
 
 

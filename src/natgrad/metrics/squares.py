@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.metrics.layers import Layer, columns_of
+from natgrad.operators.layerrows import Use
 from natgrad.tape.elements import ElementColumns
 
 # Scores are formed this many numbers at a time: what the cache of a processor core holds.
@@ -36,8 +37,6 @@ def add_squares(
         _add_table(total, layer, U_A, U_G, weight)
     elif layer.rows.simple:
         _add_products(total, layer, U_A, U_G, weight)
-    elif len(layer.uses) == 1 and layer.positions < len(columns_of(layer.uses[0])) * layer.block.outputs:
-        _add_rotated(total, layer, U_A, U_G, weight)
     else:
         _add_scores(total, layer, U_A, U_G, weight)
 
@@ -54,32 +53,42 @@ def _add_products(total: Tensor, layer: Layer, U_A: Basis, U_G: Basis, weight: f
     total.baddbmm_(signals.square_().sum(0).mT, rotated.square_(), alpha=weight)
 
 
-def _add_rotated(total: Tensor, layer: Layer, U_A: Basis, U_G: Basis, weight: float) -> None:
-    """Fewer positions than output columns: inputs are rotated, once for all passes."""
-    (use,), outputs = layer.uses, layer.block.outputs
-    columns = len(columns_of(use))
-    for part in _parts(layer, columns * outputs * total.shape[-1]):
-        inputs = use.reading.vectors(part).mT  # [n, groups, s, f]
-        rotated = _with_bias(inputs, U_A, use.biased, total.shape[-1])
-        signals = use.part(part)  # [n, c, groups, o, s]
-        if U_G is not None:
-            signals = U_G.mT @ signals
-        scores = signals.transpose(1, 2).flatten(2, 3) @ rotated
-        total.add_(scores.unflatten(2, (columns, outputs)).square_().sum((0, 2)), alpha=weight)
-
-
 def _add_scores(total: Tensor, layer: Layer, U_A: Basis, U_G: Basis, weight: float) -> None:
-    """Many positions, or several uses: scores are summed over them, and then rotated."""
-    columns = len(columns_of(layer.uses[0]))
-    for part in _parts(layer, columns * layer.block.outputs * total.shape[-1]):
-        weights, bias = layer.rows.explicit(part)  # [n, groups, c, o, f], [n, groups, c, o]
-        assert weights is not None
-        scores = weights if bias is None else torch.cat((weights, bias[..., None]), -1)
-        if U_A is not None:
-            scores = scores @ U_A[:, None]
-        if U_G is not None:
-            scores = U_G[:, None].mT @ scores
-        total.add_(scores.square_().sum((0, 2)), alpha=weight)
+    """Several positions: what is rotated on the side of the inputs is those, or the scores where these are fewer."""
+    columns, outputs, size = len(columns_of(layer.uses[0])), layer.block.outputs, total.shape[-1]
+    first = layer.positions < columns * outputs
+    for part in _parts(layer, columns * outputs * size):
+        scores: Tensor | None = None  # [groups, n, c o, i]
+        for use in layer.uses:
+            signals, inputs = _signals(use, part, U_G), use.reading.rows(part)
+            if first and U_A is not None:
+                inputs = _rotated(inputs, U_A, use.biased)
+            products = signals @ inputs
+            if products.shape[-1] < size:
+                products = torch.cat((products, signals.sum(-1, keepdim=True) * float(use.biased)), -1)
+            scores = products if scores is None else scores.add_(products)
+        assert scores is not None
+        if U_A is not None and not first:
+            scores = (scores.flatten(1, 2) @ U_A).view_as(scores)
+        total.add_(scores.unflatten(2, (columns, outputs)).square_().sum((1, 2)), alpha=weight)
+
+
+def _rotated(
+    rows: Float[Tensor, "groups n s f"], U_A: Float[Tensor, "groups i i"], biased: bool
+) -> Float[Tensor, "groups n s i"]:
+    features = rows.shape[-1]
+    rotated = rows.flatten(1, 2) @ U_A[:, :features]
+    if biased and features < U_A.shape[1]:
+        rotated += U_A[:, -1:]
+    return rotated.unflatten(1, rows.shape[1:3])
+
+
+def _signals(use: Use, part: slice, U_G: Basis) -> Float[Tensor, "groups n co s"]:
+    """The signals of some examples in a basis, those of all passes in one axis."""
+    signals = use.part(part).permute(2, 0, 1, 4, 3)  # [groups, n, c, s, o]
+    if U_G is not None:
+        signals = (signals.flatten(1, 3) @ U_G).view(signals.shape)
+    return signals.mT.flatten(2, 3)
 
 
 def _add_table(total: Tensor, table: ElementColumns, U_A: Basis, U_G: Basis, weight: float) -> None:
