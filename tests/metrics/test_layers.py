@@ -66,6 +66,13 @@ def test_pixels_are_chosen_where_they_cost_less() -> None:
     assert [patches._pixels_are_cheaper(reading) for reading in (small, large, few)] == [True, False, False]
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_rows_are_the_vectors_with_features_last(geometry: Any) -> None:
+    for reading in (patches_of(geometry), Positions(real(5, 3, 8), 2)):
+        rows = reading.rows(slice(0, 2))
+        torch.testing.assert_close(rows, reading.vectors(slice(0, 2)).permute(1, 0, 3, 2))
+
+
 def layer(kind: str, passes: int = 2, outputs: int = 3) -> Layer:
     """A layer with random inputs and signals."""
     groups, n = 1, 3

@@ -61,7 +61,7 @@ class EKFAC(Metric):
         factors: observe the factors and S every so many steps; adapted to how fast the factors move if None.
         refresh: renew the eigenbasis every so many steps; adapted likewise if None.
         examples: at most so many examples of a batch are looked at, evenly spaced, and about eight times as many
-            positions for A; None for all.
+            positions for A; with a power of less than 1, four times as many positions for all. None for all.
         sharing: which factors give the basis where positions share a weight, as in `KFAC`.
         largest: a side of more numbers has no basis but the coordinates; None for no bound.
         sides: the sides that have a basis: "both", the "inputs" or the "outputs" alone, as in `KFAC`.
