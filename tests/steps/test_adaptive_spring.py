@@ -35,7 +35,9 @@ class Small(LeastSquares):
         return self.J @ delta
 
     def solve(self, target: Tensor, damping: float, order: float = 1.0) -> Tensor:
-        return torch.linalg.solve(self.J.T @ self.J + damping * torch.eye(6, dtype=DTYPE), self.J.T @ target)
+        return torch.linalg.solve(
+            self.J.T @ self.J + damping * torch.eye(6, dtype=self.J.dtype), self.J.T @ target
+        )
 
     def at(self, delta: Tensor) -> Tensor:
         return self.residuals + self.J @ delta + self.bend(delta)
@@ -139,9 +141,6 @@ def test_single_precision_begins_with_the_larger_damping() -> None:
     """10⁴ noise floors would be 4e-3 of the largest eigenvalue: the first λ is `initial` there."""
     problem = Small(straight)
     problem.J, problem.residuals = problem.J.float(), problem.residuals.float()
-    problem.solve = lambda target, damping, order=1.0: torch.linalg.solve(  # type: ignore[method-assign]
-        problem.J.T @ problem.J + damping * torch.eye(6), problem.J.T @ target
-    )
     found = AdaptiveSPRING().decide(problem, None, None)
     assert found.damping == pytest.approx(1e-3 * problem.largest)
 

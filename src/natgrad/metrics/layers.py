@@ -148,11 +148,10 @@ def layers_of(
         if len(uses) < len(own):
             layers.append(Layer(block, tuple(_as_one_example(call, dtype) for call in own)))
             continue
-        own_stride = stride
+        whole, apart = Layer(block, tuple(uses)), stride
         if most is not None:
-            examples = -(-len(uses[0].reading) // stride)
-            own_stride *= _apart(examples, sum(use.reading.positions for use in uses), most)
-        layers.append(Layer(block, tuple(_thinned(use, own_stride) for use in uses), own_stride))
+            apart *= _apart(-(-whole.examples // stride), whole.positions, most)
+        layers.append(Layer(block, tuple(_thinned(use, apart) for use in uses), apart))
     return layers, elements
 
 
@@ -170,7 +169,7 @@ def _thinned(use: Use, stride: int) -> Use:
     if stride == 1:
         return use
     signals = tuple(column[::stride].clone() for column in columns_of(use))  # what is left out can go
-    return Use(_changed(use.reading, lambda values: values[::stride].clone()), signals, use.biased)
+    return Use(use.reading.every(stride).copied(), signals, use.biased)
 
 
 def _as_one_example(call: LayerColumns, dtype: torch.dtype) -> Use:

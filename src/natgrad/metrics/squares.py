@@ -62,7 +62,8 @@ def _add_scores(total: Tensor, layer: Layer, U_A: Basis, U_G: Basis, weight: flo
         for use in layer.uses:
             signals, inputs = _signals(use, part, U_G), use.reading.rows(part)
             if first and U_A is not None:
-                inputs = _rotated(inputs, U_A, use.biased)
+                rotated = _with_bias(inputs.flatten(1, 2), U_A, use.biased, size)
+                inputs = rotated.unflatten(1, inputs.shape[1:3])
             products = signals @ inputs
             if products.shape[-1] < size:
                 products = torch.cat((products, signals.sum(-1, keepdim=True) * float(use.biased)), -1)
@@ -71,16 +72,6 @@ def _add_scores(total: Tensor, layer: Layer, U_A: Basis, U_G: Basis, weight: flo
         if U_A is not None and not first:
             scores = (scores.flatten(1, 2) @ U_A).view_as(scores)
         total.add_(scores.unflatten(2, (columns, outputs)).square_().sum((1, 2)), alpha=weight)
-
-
-def _rotated(
-    rows: Float[Tensor, "groups n s f"], U_A: Float[Tensor, "groups i i"], biased: bool
-) -> Float[Tensor, "groups n s i"]:
-    features = rows.shape[-1]
-    rotated = rows.flatten(1, 2) @ U_A[:, :features]
-    if biased and features < U_A.shape[1]:
-        rotated += U_A[:, -1:]
-    return rotated.unflatten(1, rows.shape[1:3])
 
 
 def _signals(use: Use, part: slice, U_G: Basis) -> Float[Tensor, "groups n co s"]:
