@@ -187,6 +187,24 @@ def test_sharing_is_exact_in_its_setting(
     )
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("metric", [natgrad.KFAC, natgrad.EKFAC])
+def test_factors_of_scores_are_exact_wherever_a_kronecker_product_is(metric, pooled: bool) -> None:
+    """A Kronecker product is the product of its partial traces, over its trace: both settings above."""
+    model, x = Pooled(pooled).to(DTYPE), torch.randn(5, 3, 3, dtype=DTYPE)
+    p = Problem(model, nn.MSELoss(), x, torch.zeros_like(model(x)).detach(), "pooled")
+    found = fisher(p, metric(kind="exact", sharing="scores")).to_dense()
+    torch.testing.assert_close(found, fisher(p, "block").to_dense())
+
+
+@FEW
+@given(p=problems(COVERED, LOSSES))
+def test_factors_of_scores_have_the_trace_of_f(p: Problem) -> None:
+    """Also where positions share a weight, of which "expand" leaves out what different ones have in common."""
+    found = fisher(p, natgrad.KFAC(kind="exact", sharing="scores"))
+    torch.testing.assert_close(found.trace(), fisher(p, "block").trace())
+
+
 @FEW
 @given(p=problems(("linear", "no bias"), LOSSES))
 def test_with_one_position_sharing_does_not_matter(p: Problem) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from natgrad.metrics import layers, patches, squares
+from natgrad.metrics import layers, patches, scores, squares
 from natgrad.metrics.layers import Layer
 from natgrad.operators.layerrows import Use
 from natgrad.operators.readings import Patches, Positions
@@ -171,6 +171,61 @@ def test_squares_of_scores(kind: str, passes: int, chunk: int, monkeypatch: pyte
     before = total.clone()
     squares.add_squares(total, one, U_A, U_G, 0.5)
     torch.testing.assert_close(total, before + 0.5 * expected)
+
+
+def scores_of(one: Layer) -> Tensor:
+    """[n, c, g, o, i]"""
+    return sum(
+        torch.einsum("ncgos,ngis->ncgoi", torch.stack(layers.columns_of(use), 1), homogeneous(use))
+        for use in one.uses
+    )
+
+
+@pytest.mark.parametrize(("kind", "passes", "chunk"), list(itertools.product(KINDS, (1, 3), (1, 2**19))))
+def test_partial_traces(kind: str, passes: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "CHUNK", chunk)
+    one = layer(kind, passes)
+    X = scores_of(one)
+    inner, outer = torch.einsum("ncgoi,ncgoj->gij", X, X), torch.einsum("ncgoi,ncgpi->gop", X, X)
+    found = scores.partial_traces(one, None)
+    torch.testing.assert_close(found, (inner, outer))
+    diagonals = [one.diagonal(dim1=-2, dim2=-1) for one in (inner, outer)]
+    torch.testing.assert_close(scores.partial_traces(one, None, (True, False)), (diagonals[0], outer))
+    torch.testing.assert_close(scores.partial_traces(one, None, (False, True)), (inner, diagonals[1]))
+
+
+@pytest.mark.parametrize(("kind", "count"), list(itertools.product(KINDS, (1, 2))))
+def test_signed_sums_stand_for_scores_on_average(
+    kind: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over all patterns of signs, to the last digits: partial traces, and squares in a basis."""
+    monkeypatch.setattr(scores, "CHUNK", 1)
+    one = layer(kind, 2)
+    groups, outputs, columns = one.block.groups, one.block.outputs, one.block.columns
+    patterns = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=2 * one.examples)), dtype=DTYPE)
+    sums = torch.cat(list(scores.signed_sums(one, patterns.view(len(patterns), 2, -1), count)), 2)
+    assert sums.shape == (len(patterns), groups, count, outputs, columns)
+    together = sums.movedim(0, 1).flatten(1, 2)
+    inner, outer = (total / len(patterns) for total in scores.partial_traces(one, together))
+    torch.testing.assert_close((inner, outer), scores.partial_traces(one, None))
+    U_A, U_G = (torch.linalg.qr(real(groups, side, side)).Q for side in (columns, outputs))
+    for basis in ((U_A, U_G), (None, U_G), (U_A, None), (None, None)):
+        found, expected = (torch.zeros(groups, outputs, columns, dtype=DTYPE) for _ in range(2))
+        squares.add_squares(found, together, *basis, 0.5)
+        squares.add_squares(expected, one, *basis, 0.5)
+        torch.testing.assert_close(found / len(patterns), expected)
+
+
+def test_signed_sums_pay_where_there_are_fewer_of_them_than_scores() -> None:
+    x, g = real(40, 6, 5), real(40, 1, 3, 6)
+    block = Block("w", None, "linear", 1, 5, 3)
+    many = Layer(block, (Use(Positions(x), (g,), False),))
+    single = Layer(block, (Use(Positions(x[:, :1]), (g[..., :1],), False),))
+    for count, one, pays in ((8, many, True), (40, many, False), (8, single, False)):
+        assert scores.SignedSums(count, torch.Generator()).pay(one) is pays
+    sums = scores.SignedSums(8, torch.Generator().manual_seed(0)).of(many, 2)
+    assert sums.shape == (2, 1, 8, 3, 5)
+    assert not torch.allclose(sums[0], sums[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,7 +19,9 @@ CLASSES = 3
 METRICS = {
     "kfac": natgrad.KFAC(),
     "kfac-reduce": natgrad.KFAC(sharing="reduce"),
+    "kfac-scores": natgrad.KFAC(sharing="scores"),
     "ekfac": natgrad.EKFAC(),
+    "ekfac-scores": natgrad.EKFAC(sharing="scores"),
     "diagonal": natgrad.Diagonal(),
     "dense": natgrad.Dense(),
     "block": natgrad.Block(),

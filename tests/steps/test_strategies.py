@@ -134,7 +134,7 @@ def test_a_tempered_metric_has_steps_and_damping_of_its_own() -> None:
     assert step_size_from(None, None, tempered=True) == AdaptiveStep.tempered()
     assert AdaptiveStep.tempered(0.5).momentum == 0.5
     assert step_size_from(0.1, None, tempered=True) == FixedStep(0.1)
-    assert damping_from(None, True, tempered=True) == ConstantDamping(1e-6)
+    assert damping_from(None, True, tempered=True) == ConstantDamping(1e-7)
     assert damping_from(0.1, True, tempered=True) == ConstantDamping(0.1)
 
 

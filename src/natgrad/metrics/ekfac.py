@@ -8,9 +8,10 @@ in Frobenius norm (their §3.2), whereas K-FAC's products of eigenvalues are one
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from natgrad.metrics.factors import (
 )
 from natgrad.metrics.layers import Layer, columns_of
 from natgrad.metrics.refresh import SMALL_STEPS, Refresh
+from natgrad.metrics.scores import SignedSums
 from natgrad.metrics.squares import add_squares
 from natgrad.operators import EigenKronecker, LinearOperator
 from natgrad.tape.elements import ElementColumns
@@ -36,11 +38,16 @@ from natgrad.tape.records import Block
 
 # `natgrad.fisher` keeps inputs and signals of the first sweep, up to so many bytes, to save the second one.
 KEPT_BYTES = 2**28
-# Tempered, a period is at most a 16th of the average's age: each step is looked at until step 32.
-TEMPERED_YOUTH = 16
+# Tempered, a period is at most a 16th of the average's age: each step is looked at until step 32. Bases made of a few
+# sums are renewed more often, too, while they are young.
+TEMPERED_YOUTH, TEMPERED_TURNS = 16, 8
 # Tempered, at most so many positions for each of `examples` are looked at, for S too: steps are small and many, so that
 # looks add up.
 TEMPERED_POSITIONS = 4
+# Tempered, S of each word gets so much of all words' mean.
+SMOOTHING = 0.1
+# Tempered, so many sums of scores with random signs stand for all of them.
+TEMPERED_SUMS = 8
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,9 @@ class EKFAC(Metric):
         factors: observe the factors and S every so many steps; adapted to how fast the factors move if None.
         refresh: renew the eigenbasis every so many steps; adapted likewise if None.
         examples: at most so many examples of a batch are looked at, evenly spaced, and about eight times as many
-            positions for A; with a power of less than 1, four times as many positions for all. None for all.
-        sharing: which factors give the basis where positions share a weight, as in `KFAC`.
+            positions for A; with a power of less than 1, four times as many positions for all, and with factors of
+            scores too, eight sums of scores with random signs for all of these. None for all.
+        sharing: which factors give the basis, as in `KFAC`.
         largest: a side of more numbers has no basis but the coordinates; None for no bound.
         sides: the sides that have a basis: "both", the "inputs" or the "outputs" alone, as in `KFAC`.
         power: p, where Δ = −(F̂ + λI)⁻ᵖ ∇h: 1 for the natural gradient, 0 for the gradient. Amari et al. 2021 (arXiv
@@ -115,15 +123,16 @@ class _Eigen:
 
 @dataclass
 class _Kept:
-    """What one block did in some passes of a micro-batch, kept until its basis is known."""
+    """What one block did in some passes of a micro-batch, or sums of its scores, kept until its basis is known."""
 
     factors: Factors
-    layer: Layer | ElementColumns
+    shown: Layer | ElementColumns | Tensor
     numerator: float
 
 
 class _EKFACEstimate(FactorEstimate):
     def __init__(self, metric: EKFAC, parameters: Mapping[str, nn.Parameter]) -> None:
+        estimated = metric.tempered and metric.examples is not None
         super().__init__(
             parameters,
             metric.decay,
@@ -133,6 +142,7 @@ class _EKFACEstimate(FactorEstimate):
             metric.sides,
             positions=TEMPERED_POSITIONS if metric.tempered else POSITIONS,
             thin=metric.tempered,
+            signed=SignedSums(TEMPERED_SUMS, torch.Generator()) if estimated else None,
         )
         self.kind, self._power = metric.kind, metric.power
         self._eigen: dict[str, _Eigen] = {}
@@ -140,9 +150,9 @@ class _EKFACEstimate(FactorEstimate):
         # and so does missing some of the first: see docs/architecture.md.
         if metric.tempered:
             self._observing = Refresh(metric.factors, longest=10, youth=TEMPERED_YOUTH)
+            self._turning = Refresh(metric.refresh, longest=20, youth=TEMPERED_TURNS)
         else:
-            self._observing = Refresh(metric.factors)
-        self._turning = Refresh(metric.refresh, longest=20)
+            self._observing, self._turning = Refresh(metric.factors), Refresh(metric.refresh, longest=20)
         self._kept: list[_Kept] = []
         self._bytes = 0
         self._second = False
@@ -162,23 +172,25 @@ class _EKFACEstimate(FactorEstimate):
             if eigen is not None and fed.decay != 1.0:
                 eigen.total.mul_(fed.decay)
             if eigen is not None and (self._second or not due):
-                add_squares(eigen.total, fed.layer, eigen.U_A, eigen.U_G, fed.numerator)
-            elif self._keep(fed.layer, observation.again):
-                key = weight, isinstance(fed.layer, Layer)
-                layer = _joined(kept[key].layer, fed.layer) if key in kept else fed.layer
-                kept[key] = _Kept(fed.factors, layer, fed.numerator)
+                add_squares(eigen.total, fed.shown, eigen.U_A, eigen.U_G, fed.numerator)
+            elif self._keep(fed.shown, observation.again):
+                key = weight, isinstance(fed.shown, ElementColumns)
+                shown = _joined(kept[key].shown, fed.shown) if key in kept else fed.shown
+                kept[key] = _Kept(fed.factors, shown, fed.numerator)
         if self.sweeps == 1:
             self._kept += kept.values()
         if not self._second:
             self._observing.took(observation.step)
             self._observing.observed(self._sums())
 
-    def _keep(self, layer: Layer | ElementColumns, again: bool) -> bool:
+    def _keep(self, shown: Layer | ElementColumns | Tensor, again: bool) -> bool:
         """Whether to keep what a block did until its basis is known; all goes where the data can be shown again."""
-        if isinstance(layer, Layer):
-            signals = [t for use in layer.uses for t in columns_of(use)]
+        if isinstance(shown, Tensor):
+            signals = [shown]
+        elif isinstance(shown, Layer):
+            signals = [t for use in shown.uses for t in columns_of(use)]
         else:
-            signals = [t for one in layer.signals for t in one]
+            signals = [t for one in shown.signals for t in one]
         self._bytes += sum(t.numel() * t.element_size() for t in signals)
         if again and self._bytes > KEPT_BYTES:
             self.sweeps, self._kept = 2, []
@@ -215,7 +227,7 @@ class _EKFACEstimate(FactorEstimate):
         self._turn({kept.factors.block.weight: None for kept in self._kept})
         for kept in self._kept:
             eigen = self._eigen[kept.factors.block.weight]
-            add_squares(eigen.total, kept.layer, eigen.U_A, eigen.U_G, kept.numerator)
+            add_squares(eigen.total, kept.shown, eigen.U_A, eigen.U_G, kept.numerator)
         self._kept, self._bytes = [], 0
         if step is not None:
             self._turning.took(step)
@@ -241,6 +253,8 @@ class _EKFACEstimate(FactorEstimate):
             given = self._padded(self._blocks[weight].block, gradient)
             if given:
                 block = self._block(weight)
+                if self._power < 1.0:
+                    block = _smoothed(block)
                 own = self.damping_of(damping, block.values.mean())
                 direction |= dict(block.power(-self._power, own) @ given)
         return direction
@@ -275,10 +289,27 @@ class _EKFACEstimate(FactorEstimate):
         self._turning.load_state_dict(state["turning"])
 
 
-def _joined(before: Layer | ElementColumns, more: Layer | ElementColumns) -> Layer | ElementColumns:
+def _smoothed(block: EigenKronecker) -> EigenKronecker:
+    """With a part of S's mean along each side that has no basis but the coordinates, such as a vocabulary.
+
+    What words of which no look has seen a thing get is 0 in S, or next to it, and nothing else would bound their steps.
+    """
+    values = block.values
+    for U, axis in ((block.U_A, -1), (block.U_G, -2)):
+        if U is None:
+            values = values + SMOOTHING * block.values.mean(axis, keepdim=True)
+    return replace(block, values=values)
+
+
+def _joined(
+    before: Layer | ElementColumns | Tensor, more: Layer | ElementColumns | Tensor
+) -> Layer | ElementColumns | Tensor:
     """One use with the signals of both."""
     if isinstance(before, Layer):
         assert isinstance(more, Layer)
         return before.with_passes_of(more)
+    if isinstance(before, Tensor):
+        assert isinstance(more, Tensor)
+        return torch.cat((before, more), 1)
     assert isinstance(more, ElementColumns)
     return before.with_passes_of(more)

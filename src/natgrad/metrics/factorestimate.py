@@ -14,6 +14,7 @@ from natgrad.metrics.base import Estimate, Observation
 from natgrad.metrics.factors import Factors, Sharing, Sides
 from natgrad.metrics.layers import Layer, layers_of
 from natgrad.metrics.runningsquares import RunningSquares
+from natgrad.metrics.scores import SignedSums
 from natgrad.operators import BlockDiagonal, Diagonal, LinearOperator
 from natgrad.tape.elements import ElementColumns
 from natgrad.tape.finite import require_finite
@@ -35,13 +36,13 @@ class Fed:
 
     Attributes:
         factors: the block's sums, which have it already.
-        layer: what it did.
+        shown: what it did, or signed sums of its scores.
         decay: what was left of the old sums.
         numerator: what Σ S Sᵀ counts.
     """
 
     factors: Factors
-    layer: Layer | ElementColumns
+    shown: Layer | ElementColumns | Tensor
     decay: float
     numerator: float
 
@@ -60,6 +61,7 @@ class FactorEstimate(Estimate):
         sides: so has the other side than these.
         positions: at most so many for each of `examples` enter A.
         thin: no more enter G and what is handed on either.
+        signed: sums of scores that stand for these, where factors are made of them.
     """
 
     def __init__(
@@ -72,11 +74,13 @@ class FactorEstimate(Estimate):
         sides: Sides = "both",
         positions: int = POSITIONS,
         thin: bool = False,
+        signed: SignedSums | None = None,
     ) -> None:
         super().__init__(parameters)
         self._decay, self._examples = decay, examples
         self._sharing, self._largest, self._sides = sharing, largest, sides
         self._rows, self._thin = None if examples is None else positions * examples, thin
+        self._signed = signed if sharing == "scores" else None
         self._blocks: dict[str, Factors] = {}
         self._squares = RunningSquares(self.parameters, decay)
 
@@ -100,16 +104,22 @@ class FactorEstimate(Estimate):
         stride = 1 if most is None else -(-observation.examples // most)
         if factors_too:
             self._squares.begin(observation)
+        if self._signed is not None:
+            self._signed.generator.manual_seed(observation.step)
         for passes in portions(observation.passes, COLUMN_BYTES):
             layers, elements = layers_of(passes, self.parameters, stride, self._rows if self._thin else None)
             tables = [element for element in elements if element.only_lookups]
             uses: list[Layer | ElementColumns] = [*layers, *tables]
             blocks = [self._factors(_block_of(use)) for use in uses]
-            moments = [f.moments(use) for f, use in zip(blocks, uses, strict=True)] if factors_too else []
+            sums = [self._signed_sums(use) for use in uses]
+            moments = []
+            if factors_too:
+                moments = [f.moments(use, one[0]) for f, use, one in zip(blocks, uses, sums, strict=True)]
             squares = {e.name: e.squares() for e in elements if e not in tables} if factors_too else {}
             # Before anything enters an average. A signal that is not finite shows on its Gram matrix's diagonal.
             checks = [
-                (_block_of(use).weight, _check_sum(use, one)) for use, one in zip(uses, moments, strict=False)
+                (_block_of(use).weight, _check_sum(use, one.signals))
+                for use, one in zip(uses, moments, strict=False)
             ]
             require_finite((*checks, *squares.items()))
             for name, value in squares.items():
@@ -133,7 +143,15 @@ class FactorEstimate(Estimate):
                     numerator *= observation.examples / use.examples
                 if factors_too:
                     factors.add_moments(use, moments[k], numerator)
-                yield Fed(factors, use, decay, numerator)
+                signed = sums[k][1]
+                yield Fed(factors, use if signed is None else signed, decay, numerator)
+
+    def _signed_sums(self, use: Layer | ElementColumns) -> tuple[Tensor | None, Tensor | None]:
+        """Those for the factors, and others to be handed on; none where scores are taken one by one."""
+        if self._signed is None or not isinstance(use, Layer) or not self._signed.pay(use):
+            return None, None
+        for_factors, handed = self._signed.of(use, 2)
+        return for_factors, handed
 
     def _padded(self, block: Block, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """∇h of a block: zeros for its bias, or its weight, where that is frozen; empty where both are."""
@@ -195,7 +213,7 @@ def _block_of(use: Layer | ElementColumns) -> Block:
 
 
 def _check_sum(use: Layer | ElementColumns, moments: Tensor) -> Tensor:
-    """A number that is not finite if an input is not, or an entry of the signals' Gram matrix."""
+    """A number that is not finite if an input is not, or an entry of the signals' Gram matrix or of the scores'."""
     readings = [one.reading.state()[0].sum() for one in use.uses] if isinstance(use, Layer) else []
     # Off the diagonal an entry is at most as large as one on it.
     return torch.stack([moments.sum() if moments.ndim == 1 else _diagonals(moments).sum(), *readings])

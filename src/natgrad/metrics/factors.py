@@ -9,27 +9,34 @@ neural network architectures", arXiv 2311.00636):
 - "reduce" (their eq. 19) takes each example as a whole: A = E[(mean ã)(mean ã)ᵀ], G = E[(Σₛ g)(Σₛ g)ᵀ]. It is exact for
   a deep linear network whose positions are averaged before the loss, such as a vision transformer's.
 
-With one position they are the same, Martens & Grosse 2015 (arXiv 1503.05671), §3.
+With one position they are the same, Martens & Grosse 2015 (arXiv 1503.05671), §3. A third keeps all pairs:
+
+- "scores" takes each example's whole score X = Σₛ g ãᵀ: A = E[XᵀX] and G = E[XXᵀ]/tr E[XXᵀ], so that A ⊗ G has the
+  partial traces of F's own block. They are Shampoo's factors (Gupta et al. 2018, arXiv 1802.09568), of single examples
+  rather than of batches: a step of power iteration from the identity towards the Kronecker product that is nearest to
+  F's block in Frobenius norm (Morwani et al. 2024, arXiv 2406.17748).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.errors import ConfigError
 from natgrad.metrics.average import Weight, accumulate
 from natgrad.metrics.layers import Layer
+from natgrad.metrics.scores import partial_traces
 from natgrad.operators import ParameterSpace
 from natgrad.tape.elements import ElementColumns
 from natgrad.tape.records import Block
 
-Sharing = Literal["expand", "reduce"]
-SHARINGS = ("expand", "reduce")
+Sharing = Literal["expand", "reduce", "scores"]
+SHARINGS = ("expand", "reduce", "scores")
 # Which factors are kept whole: the inputs', the outputs', or both of them.
 Sides = Literal["both", "inputs", "outputs"]
 SIDES = ("both", "inputs", "outputs")
@@ -40,8 +47,8 @@ class Sums:
     """The running sums behind one kind of use of a weight W [out, in (+ 1)].
 
     Attributes:
-        A: Σ ã ãᵀ on the side of the inputs; the diagonal alone where it is a vector.
-        G: Σ g gᵀ on the side of the outputs; likewise.
+        A: Σ ã ãᵀ on the side of the inputs, or Σ XᵀX; the diagonal alone where it is a vector.
+        G: Σ g gᵀ on the side of the outputs, or Σ XXᵀ; likewise.
         A_weight: what the one counts.
         G_weight: what the other counts.
     """
@@ -71,6 +78,18 @@ class Layout(TypedDict):
 
     transposed: bool
     flat: bool
+
+
+class Moments(NamedTuple):
+    """Second moments of what some passes brought, or their diagonals.
+
+    Attributes:
+        signals: Σ g gᵀ, or Σ XXᵀ of whole scores; of a table, that of the side of its features.
+        inputs: Σ XᵀX of whole scores; None where inputs are added apart from signals.
+    """
+
+    signals: Tensor
+    inputs: Tensor | None = None
 
 
 class Factors:
@@ -103,10 +122,11 @@ class Factors:
         self.block, self.space, self.sharing, self._rows = block, space, sharing, rows
         self._like = like
         grouped = block.groups > 1
-        self.diagonal = tuple(
+        inputs, outputs = (
             not grouped and (sides == other or (largest is not None and length > largest))
             for length, other in ((block.columns, "outputs"), (block.outputs, "inputs"))
         )
+        self.diagonal = inputs, outputs
         self.as_map: Sums | None = None
         self.as_table: Sums | None = None
         self.step: int | None = None  # when it was last observed
@@ -157,7 +177,12 @@ class Factors:
             weights: a factor of each example; 1 if None.
             denominator: what the micro-batch weighs.
         """
-        if isinstance(layer, Layer):
+        if isinstance(layer, Layer) and self.sharing == "scores":
+            sums = self.sums()
+            for total, weight in ((sums.A, sums.A_weight), (sums.G, sums.G_weight)):
+                total.mul_(decay)
+                weight.add(denominator, decay)
+        elif isinstance(layer, Layer):
             sums = self.sums()
             reduce = self.sharing == "reduce"
             rows = layer.add_inputs(sums.A, decay, weights, reduce, self.diagonal[0], self._rows)
@@ -172,31 +197,47 @@ class Factors:
             sums.A_weight.add(denominator, decay)
             sums.A.mul_(decay)
 
-    def moments(self, layer: Layer | ElementColumns) -> Tensor:
-        """Σ g gᵀ of some passes, or its diagonal."""
-        if isinstance(layer, Layer):
-            return layer.gram_of_signals(self.sharing == "reduce", self.diagonal[1])
-        return layer.gram_of_signals(self.diagonal[0])
+    def moments(self, layer: Layer | ElementColumns, sums: Float[Tensor, "g m o i"] | None = None) -> Moments:
+        """What some passes brought.
 
-    def add_moments(self, layer: Layer | ElementColumns, moments: Tensor, numerator: float) -> None:
+        Args:
+            layer: what the block did in them.
+            sums: signed sums of its scores, if these are to stand for them.
+        """
+        if not isinstance(layer, Layer):
+            return Moments(layer.gram_of_signals(self.diagonal[0]))
+        if self.sharing != "scores":
+            return Moments(layer.gram_of_signals(self.sharing == "reduce", self.diagonal[1]))
+        inner, outer = partial_traces(layer, sums, self.diagonal)
+        return Moments(outer, inner) if self.block.groups > 1 else Moments(outer[0], inner[0])
+
+    def add_moments(self, layer: Layer | ElementColumns, moments: Moments, numerator: float) -> None:
         """Adds what `moments` gave.
 
         Args:
             layer: what the block did.
-            moments: of its signals.
+            moments: of its passes.
             numerator: what Σ S Sᵀ counts.
         """
         if isinstance(layer, Layer):
-            self.sums().G.add_(moments, alpha=numerator)
+            sums = self.sums()
+            sums.G.add_(moments.signals, alpha=numerator)
+            if moments.inputs is not None:
+                sums.A.add_(moments.inputs, alpha=numerator)
         else:  # a table has no bias
-            A = self.sums(table=True).A
-            A[tuple(slice(size) for size in moments.shape)].add_(moments, alpha=numerator)
+            A, own = self.sums(table=True).A, moments.signals
+            A[tuple(slice(size) for size in own.shape)].add_(own, alpha=numerator)
 
     def averages(self) -> tuple[Tensor, Tensor]:
         """A and G; of a weight that is a map and a table those that are nearest in the sense of partial traces."""
-        if len(self.parts) == 1:
-            return self.parts[0].averages()
-        (A_map, G_map), (A_table, G_table) = (part.averages() for part in self.parts)
+        pairs = [part.averages() for part in self.parts]
+        if self.sharing == "scores" and self.as_map is not None:
+            A, G = pairs[0]
+            trace = _trace(G).clamp_min(torch.finfo(G.dtype).tiny)
+            pairs[0] = A, G / (trace[:, None, None] if G.ndim == 3 else trace)
+        if len(pairs) == 1:
+            return pairs[0]
+        (A_map, G_map), (A_table, G_table) = pairs
         traces = [(_trace(A), _trace(G)) for A, G in ((A_map, G_map), (A_table, G_table))]
         total = sum(a * g for a, g in traces)
         A = A_map * traces[0][1] + A_table * traces[1][1]
@@ -223,13 +264,14 @@ class Factors:
 
 
 def _trace(factor: Tensor) -> Tensor:
-    return (factor.diagonal() if factor.ndim == 2 else factor).sum()
+    """Of a matrix, or of one that is given as its diagonal; of each where there are groups."""
+    return (factor if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1)).sum(-1)
 
 
 def check_sharing(sharing: str) -> None:
     """Raises ConfigError unless it is a known way to treat positions that share a weight."""
     if sharing not in SHARINGS:
-        raise ConfigError(f"unknown sharing={sharing!r}; choose 'expand' or 'reduce'")
+        raise ConfigError(f"unknown sharing={sharing!r}; choose one of {', '.join(map(repr, SHARINGS))}")
 
 
 def check_sides(sides: str) -> None:

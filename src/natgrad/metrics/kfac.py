@@ -47,7 +47,8 @@ class KFAC(Metric):
             products behind them are most of an observation's cost.
         sharing: what is done with positions that share a weight (tokens, a convolution's patches, several uses):
             "expand" takes each as an example of its own, "reduce" the mean of the inputs and the sum of the signals
-            (Eschenhagen et al. 2023; see `metrics.factors`).
+            (Eschenhagen et al. 2023; see `metrics.factors`), "scores" the scores of whole examples, whose partial
+            traces are F's (Gupta et al. 2018): dearer, and right wherever F's block is a Kronecker product at all.
         largest: a factor with more rows than this is kept as its diagonal alone: the side of a vocabulary, say. None
             for no bound.
         sides: keep both factors whole, or those of the "inputs" or the "outputs" alone, with the diagonal of the other

@@ -19,7 +19,7 @@ CHUNK = 2**19
 
 def add_squares(
     total: Float[Tensor, "groups o i"],
-    layer: Layer | ElementColumns,
+    shown: Layer | ElementColumns | Float[Tensor, "groups m o i"],
     U_A: Float[Tensor, "groups i i"] | None,
     U_G: Float[Tensor, "groups o o"] | None,
     weight: float,
@@ -28,17 +28,21 @@ def add_squares(
 
     Args:
         total: what is added to, in place.
-        layer: what the block did, with the signals of some passes.
+        shown: what the block did, with the signals of some passes; or sums of its scores that stand for them.
         U_A: the basis of the inputs, one for each group; None for the identity.
         U_G: the basis of the outputs, one for each group; likewise.
         weight: what these passes count.
     """
-    if isinstance(layer, ElementColumns):
-        _add_table(total, layer, U_A, U_G, weight)
-    elif layer.rows.simple:
-        _add_products(total, layer, U_A, U_G, weight)
+    if isinstance(shown, Tensor):
+        turned = shown if U_A is None else (shown.flatten(1, 2) @ U_A).view_as(shown)
+        turned = turned if U_G is None else U_G.mT[:, None] @ turned
+        total.add_(turned.square().sum(1), alpha=weight)
+    elif isinstance(shown, ElementColumns):
+        _add_table(total, shown, U_A, U_G, weight)
+    elif shown.rows.simple:
+        _add_products(total, shown, U_A, U_G, weight)
     else:
-        _add_scores(total, layer, U_A, U_G, weight)
+        _add_scores(total, shown, U_A, U_G, weight)
 
 
 Basis = Tensor | None

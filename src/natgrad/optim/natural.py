@@ -49,7 +49,7 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             `natgrad.TrustRegion()` for the steps of a policy (see `natgrad.policy`).
         momentum: a fixed μ; by default adapted with α, and 0 where lr is given or the metric is tempered.
         damping: a fixed λ or a strategy; by default Levenberg–Marquardt, 1e-3 where lr is given or where only a
-            likelihood is (a loss computed inside the model can't be measured again), 1e-6 with a tempered metric, and
+            likelihood is (a loss computed inside the model can't be measured again), 1e-7 with a tempered metric, and
             `natgrad.RelativeDamping` beside ``Grafted``.
         weight_decay: decoupled decay, or ``natgrad.L2(η)`` inside the loss.
         fallback: makes a torch optimiser for parameters that no rule covers, such as

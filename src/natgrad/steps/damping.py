@@ -197,7 +197,7 @@ def damping_from(
     if damping is None and relative:
         return RelativeDamping()
     if damping is None and tempered:
-        return ConstantDamping(1e-6)
+        return ConstantDamping(1e-7)
     if damping is None:
         return LevenbergMarquardt() if adaptive else ConstantDamping()
     if not isinstance(damping, (int, float)):
