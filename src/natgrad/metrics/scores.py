@@ -9,7 +9,7 @@ Where an estimate will do, a few sums of scores with fair random signs stand for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,10 +60,8 @@ def signed_sums(
     """Sums of scores over at most `count` sets of examples and over passes, each score with its sign."""
     draws = len(signs)
     for part, sets in _sets(layer, count):
-        products: Tensor | None = (
-            None  # [groups, sets, draws o, f], and for the bias [groups, sets, draws o, 1]
-        )
-        edges: Tensor | None = None
+        products: Tensor | None = None  # [groups, sets, draws o, f]
+        edges: Tensor | None = None  # for the bias, [groups, sets, draws o, 1]
         for use in layer.uses:
             signals: Tensor | None = None  # [groups, n, s, draws, o]
             for g, own in zip(columns_of(use), signs[..., part].unbind(1), strict=True):
@@ -114,9 +112,9 @@ def partial_traces(
         for side, alone in zip((block.columns, block.outputs), diagonal, strict=True)
     )
     if sums is None and layer.rows.simple:
-        for a, g in _weighted_products(layer):
-            _add_gram(inner, a)
-            _add_gram(outer, g)
+        inputs, signals = _weighted_factors(layer)
+        _add_gram(inner, inputs)
+        _add_gram(outer, signals)
     else:
         for scores in one_by_one(layer) if sums is None else (sums,):
             _add_gram(inner, scores.flatten(1, 2))
@@ -124,7 +122,7 @@ def partial_traces(
     return inner, outer
 
 
-def _weighted_products(layer: Layer) -> Iterable[tuple[Float[Tensor, "g n i"], Float[Tensor, "g cn o"]]]:
+def _weighted_factors(layer: Layer) -> tuple[Float[Tensor, "g n i"], Float[Tensor, "g cn o"]]:
     """Of scores g ãᵀ the rows |g| ã and |ã| g, which have the same partial traces."""
     (use,) = layer.uses
     inputs = use.reading.rows(slice(None))[:, :, 0]  # [groups, n, f]
@@ -133,7 +131,7 @@ def _weighted_products(layer: Layer) -> Iterable[tuple[Float[Tensor, "g n i"], F
     signals = torch.stack([g[..., 0].transpose(0, 1) for g in columns_of(use)], 1)  # [groups, c, n, o]
     lengths = signals.square().sum((1, 3)).sqrt()
     outer = signals * inputs.norm(dim=-1)[:, None, :, None]
-    yield inputs * lengths[..., None], outer.flatten(1, 2)
+    return inputs * lengths[..., None], outer.flatten(1, 2)
 
 
 def _add_gram(total: Float[Tensor, "g ..."], rows: Float[Tensor, "g m d"]) -> None:
