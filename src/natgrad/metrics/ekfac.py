@@ -294,11 +294,13 @@ def _smoothed(block: EigenKronecker) -> EigenKronecker:
 
     What words of which no look has seen a thing get is 0 in S, or next to it, and nothing else would bound their steps.
     """
-    values = block.values
-    for U, axis in ((block.U_A, -1), (block.U_G, -2)):
-        if U is None:
-            values = values + SMOOTHING * block.values.mean(axis, keepdim=True)
-    return replace(block, values=values)
+    coordinates = [axis for U, axis in ((block.U_A, -1), (block.U_G, -2)) if U is None]
+    if not coordinates:  # as most: no new operator in each step
+        return block
+    return replace(
+        block,
+        values=sum((SMOOTHING * block.values.mean(axis, keepdim=True) for axis in coordinates), block.values),
+    )
 
 
 def _joined(
