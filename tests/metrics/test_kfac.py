@@ -224,6 +224,32 @@ def test_thinned_factors_are_those_of_the_examples_that_stay(
         torch.testing.assert_close(factors(thinned)[name][1], G / share)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_sums_of_examples_with_many_positions_are_unbiased(reduction: str, show: Callable) -> None:
+    """14 sets of 40 examples with three positions, so that there are about as many rows as examples: within four
+    standard errors over many steps. Where there is one position, nothing is summed.
+    """
+    x, y = real(40, 3, 2), classes(40)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).to(DTYPE)
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    whole = show(KFAC(kind="exact", examples=None), model, loss)
+    whole.observe(x, y)
+    expected = factors(whole)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in expected}
+    for step in range(60):
+        some = show(KFAC(kind="exact", examples=40), model, loss)
+        some.observe(x, y, step=step)
+        for name, pair in factors(some).items():
+            found[name].append(pair)
+    for k in range(2):
+        one, exact = torch.stack([pair[k] for pair in found["0"]]), expected["0"][k]
+        error = one.std(0) / 60**0.5
+        assert one.std(0).mean() > 1e-2 * exact.abs().mean()
+        assert ((one.mean(0) - exact).abs() <= 4 * error + 1e-12).all()
+        for pair in found["3"]:
+            torch.testing.assert_close(pair[k], expected["3"][k])
+
+
 def test_a_smaller_batch_weighs_less(show: Callable) -> None:
     model, loss = net(), nn.MSELoss()
     shown, both = (show(KFAC(kind="exact", decay=0.999999999), model, loss) for _ in range(2))

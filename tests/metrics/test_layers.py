@@ -124,23 +124,29 @@ def test_moments_of_inputs(kind: str, reduce: bool, weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_moments_of_inputs_of_some_examples(
-    kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize(("weighted", "diagonal"), [(False, False), (True, False), (True, True)])
+def test_sums_of_examples_stand_for_them_on_average(
+    kind: str, reduce: bool, weighted: bool, diagonal: bool
 ) -> None:
+    """Over all patterns of signs, to the last digits: second moments of inputs and of signals."""
     one = layer(kind)
-    a = torch.cat([homogeneous(use) for use in one.uses], dim=3)
-    rows = one.examples * a.shape[3]
-    weights = torch.rand(one.examples, dtype=DTYPE) if weighted else None
-    w = torch.ones(one.examples, dtype=DTYPE) if weights is None else weights
-    n = one.examples
-    for most, enough, stride in ((1, 1, n), (1, 2, n // 2), (1, n, 1), (rows, 1, 1)):
-        monkeypatch.setattr(layers, "ENOUGH", enough)
-        expected = torch.einsum("n,ngis,ngjs->gij", w[::stride], a[::stride], a[::stride])
-        total = torch.zeros_like(expected)
-        count = one.add_inputs(total if one.block.groups > 1 else total[0], 0.0, weights, most=most)
-        torch.testing.assert_close(total, expected)
-        assert count == pytest.approx(float(w[::stride].sum()) * a.shape[3])
+    if diagonal and one.block.groups > 1:
+        pytest.skip("factors of groups are whole")
+    n, size, groups = one.examples, one.block.columns, one.block.groups
+    weights = torch.rand(n, dtype=DTYPE) if weighted else None
+    patterns = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=n)), dtype=DTYPE)
+    expected = torch.zeros(*(groups,) * (groups > 1), *(size,) * (1 if diagonal else 2), dtype=DTYPE)
+    rows = one.add_inputs(expected, 0.0, weights, reduce, diagonal)
+    for count, sums in ((1, 1), (2, 2), (n, n)):
+        inputs, signals = torch.zeros_like(expected), torch.zeros(1)
+        for pattern in patterns:
+            signs = layers.in_sets(pattern, count)
+            assert signs.shape == (sums, n)
+            assert one.add_inputs(inputs, 1.0, weights, reduce, diagonal, signs) == pytest.approx(rows)
+            signals = signals + one.gram_of_signals(reduce, diagonal, signs)
+        torch.testing.assert_close(inputs / len(patterns), expected)
+        torch.testing.assert_close(signals / len(patterns), one.gram_of_signals(reduce, diagonal))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from natgrad.errors import StepError
 from natgrad.linalg import eigendecomposition
 from natgrad.metrics.base import Estimate, Kind, Metric, Observation, check_decay, check_kind, check_power
-from natgrad.metrics.factorestimate import POSITIONS, FactorEstimate
+from natgrad.metrics.factorestimate import FactorEstimate
 from natgrad.metrics.factors import (
     Factors,
     Sharing,
@@ -30,7 +30,6 @@ from natgrad.metrics.factors import (
 )
 from natgrad.metrics.layers import Layer, columns_of
 from natgrad.metrics.refresh import SMALL_STEPS, Refresh
-from natgrad.metrics.scores import SignedSums
 from natgrad.metrics.squares import add_squares
 from natgrad.operators import EigenKronecker, LinearOperator
 from natgrad.tape.elements import ElementColumns
@@ -38,6 +37,8 @@ from natgrad.tape.records import Block
 
 # `natgrad.fisher` keeps inputs and signals of the first sweep, up to so many bytes, to save the second one.
 KEPT_BYTES = 2**28
+# Eigenvectors suffer from the noise of sums more than a damped inverse does: of A and G more rows, and more sets.
+POSITIONS, SETS = 8, 32
 # Tempered, a period is at most a 16th of the average's age: each step is looked at until step 32. Bases made of a few
 # sums are renewed more often, too, while they are young.
 TEMPERED_YOUTH, TEMPERED_TURNS = 16, 8
@@ -67,9 +68,10 @@ class EKFAC(Metric):
         decay: ε of the running averages.
         factors: observe the factors and S every so many steps; adapted to how fast the factors move if None.
         refresh: renew the eigenbasis every so many steps; adapted likewise if None.
-        examples: at most so many examples of a batch are looked at, evenly spaced, and about eight times as many
-            positions for A; with a power of less than 1, four times as many positions for all, and with factors of
-            scores too, eight sums of scores with random signs for all of these. None for all.
+        examples: at most so many examples of a batch are looked at, evenly spaced. Where positions share a weight A
+            and G are made of about eight times as many rows, as in `KFAC`; with a power of less than 1 no more than
+            four times as many positions are looked at, and with factors of scores eight sums of scores with random
+            signs stand for all of these. None for all.
         sharing: which factors give the basis, as in `KFAC`.
         largest: a side of more numbers has no basis but the coordinates; None for no bound.
         sides: the sides that have a basis: "both", the "inputs" or the "outputs" alone, as in `KFAC`.
@@ -132,7 +134,6 @@ class _Kept:
 
 class _EKFACEstimate(FactorEstimate):
     def __init__(self, metric: EKFAC, parameters: Mapping[str, nn.Parameter]) -> None:
-        estimated = metric.tempered and metric.examples is not None
         super().__init__(
             parameters,
             metric.decay,
@@ -140,9 +141,10 @@ class _EKFACEstimate(FactorEstimate):
             metric.sharing,
             metric.largest,
             metric.sides,
-            positions=TEMPERED_POSITIONS if metric.tempered else POSITIONS,
-            thin=metric.tempered,
-            signed=SignedSums(TEMPERED_SUMS, torch.Generator()) if estimated else None,
+            positions=POSITIONS,
+            sets=SETS,
+            thin=TEMPERED_POSITIONS if metric.tempered else None,
+            scores=TEMPERED_SUMS if metric.tempered and metric.examples is not None else None,
         )
         self.kind, self._power = metric.kind, metric.power
         self._eigen: dict[str, _Eigen] = {}

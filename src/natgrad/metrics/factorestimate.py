@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from natgrad.metrics.average import decay_since
 from natgrad.metrics.base import Estimate, Observation
 from natgrad.metrics.factors import Factors, Sharing, Sides
-from natgrad.metrics.layers import Layer, layers_of
+from natgrad.metrics.layers import Layer, columns_of, in_sets, layers_of
 from natgrad.metrics.runningsquares import RunningSquares
 from natgrad.metrics.scores import SignedSums
 from natgrad.operators import BlockDiagonal, Diagonal, LinearOperator
@@ -24,8 +24,6 @@ from natgrad.tape.rows import portions
 # Signals of so many bytes, of as many passes as that makes, are added together: what a cache holds, so that warm memory
 # is used again.
 COLUMN_BYTES = 2**22
-# Where so many positions of an example are few, A is made of all of them; of a convolution's it needs no more either.
-POSITIONS = 8
 # The rule of a block that was only ever looked up.
 LOOKUP = "embedding"
 
@@ -59,9 +57,11 @@ class FactorEstimate(Estimate):
         sharing: what is done with positions that share a weight.
         largest: a side of more numbers has its diagonal alone.
         sides: so has the other side than these.
-        positions: at most so many for each of `examples` enter A.
-        thin: no more enter G and what is handed on either.
-        signed: sums of scores that stand for these, where factors are made of them.
+        positions: where positions share a weight, sums of inputs and of signals over examples with random signs stand
+            for these in A and G, about so many rows for each of `examples`.
+        sets: of at least so many sets of examples.
+        thin: at most so many positions for each of `examples` are looked at; None for all.
+        scores: where factors are made of scores, so many sums of them with random signs stand for these; None for all.
     """
 
     def __init__(
@@ -72,15 +72,20 @@ class FactorEstimate(Estimate):
         sharing: Sharing = "expand",
         largest: int | None = None,
         sides: Sides = "both",
-        positions: int = POSITIONS,
-        thin: bool = False,
-        signed: SignedSums | None = None,
+        positions: int = 1,
+        sets: int = 8,
+        thin: int | None = None,
+        scores: int | None = None,
     ) -> None:
         super().__init__(parameters)
         self._decay, self._examples = decay, examples
         self._sharing, self._largest, self._sides = sharing, largest, sides
-        self._rows, self._thin = None if examples is None else positions * examples, thin
-        self._signed = signed if sharing == "scores" else None
+        self._rows, self._sets = None if examples is None else positions * examples, sets
+        self._most = None if examples is None or thin is None else thin * examples
+        self._generator = torch.Generator()
+        self._signed = None
+        if sharing == "scores" and scores is not None:
+            self._signed = SignedSums(scores, self._generator)
         self._blocks: dict[str, Factors] = {}
         self._squares = RunningSquares(self.parameters, decay)
 
@@ -104,17 +109,20 @@ class FactorEstimate(Estimate):
         stride = 1 if most is None else -(-observation.examples // most)
         if factors_too:
             self._squares.begin(observation)
-        if self._signed is not None:
-            self._signed.generator.manual_seed(observation.step)
+        self._generator.manual_seed(observation.step)
         for passes in portions(observation.passes, COLUMN_BYTES):
-            layers, elements = layers_of(passes, self.parameters, stride, self._rows if self._thin else None)
+            layers, elements = layers_of(passes, self.parameters, stride, self._most)
             tables = [element for element in elements if element.only_lookups]
             uses: list[Layer | ElementColumns] = [*layers, *tables]
             blocks = [self._factors(_block_of(use)) for use in uses]
             sums = [self._signed_sums(use) for use in uses]
+            signs = [self._signs(use) for use in uses]
             moments = []
             if factors_too:
-                moments = [f.moments(use, one[0]) for f, use, one in zip(blocks, uses, sums, strict=True)]
+                moments = [
+                    f.moments(use, one[0], own)
+                    for f, use, one, own in zip(blocks, uses, sums, signs, strict=True)
+                ]
             squares = {e.name: e.squares() for e in elements if e not in tables} if factors_too else {}
             # Before anything enters an average. A signal that is not finite shows on its Gram matrix's diagonal.
             checks = [
@@ -136,7 +144,7 @@ class FactorEstimate(Estimate):
                     weights = observation.weights
                     if weights is not None and isinstance(use, Layer):
                         weights = weights[:: use.stride]
-                    factors.feed(use, begun[weight][0], weights, begun[weight][1])
+                    factors.feed(use, begun[weight][0], weights, begun[weight][1], signs[k])
                 seen.add(key)  # the inputs are the same in every pass of one batch
                 numerator = observation.numerator
                 if isinstance(use, Layer) and use.stride > 1:
@@ -152,6 +160,16 @@ class FactorEstimate(Estimate):
             return None, None
         for_factors, handed = self._signed.of(use, 2)
         return for_factors, handed
+
+    def _signs(self, use: Layer | ElementColumns) -> Tensor | None:
+        """Of sums over examples that stand for inputs and signals; None where these are taken as they are."""
+        if self._rows is None or self._sharing != "expand" or not isinstance(use, Layer):
+            return None
+        count = max(self._sets, -(-self._rows // use.positions))
+        if use.positions == 1 or count >= use.examples:
+            return None
+        bits = torch.randint(2, (use.examples,), generator=self._generator)
+        return in_sets((2 * bits - 1).to(columns_of(use.uses[0])[0]), count)
 
     def _padded(self, block: Block, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """∇h of a block: zeros for its bias, or its weight, where that is frozen; empty where both are."""
@@ -195,7 +213,7 @@ class FactorEstimate(Estimate):
             space = self.space.restrict(block.names)
             like = self.parameters[block.weight]
             self._blocks[block.weight] = Factors(
-                block, space, like, self._sharing, self._largest, self._sides, self._rows
+                block, space, like, self._sharing, self._largest, self._sides
             )
             self._added(block.weight)
         return self._blocks[block.weight]

@@ -106,7 +106,6 @@ class Factors:
         sharing: what is done with positions that share the weight.
         largest: a side of more numbers has its diagonal alone.
         sides: so has the other side than these.
-        rows: at most about so many positions of a micro-batch enter A; None for all.
     """
 
     def __init__(
@@ -117,9 +116,8 @@ class Factors:
         sharing: Sharing = "expand",
         largest: int | None = None,
         sides: Sides = "both",
-        rows: int | None = None,
     ) -> None:
-        self.block, self.space, self.sharing, self._rows = block, space, sharing, rows
+        self.block, self.space, self.sharing = block, space, sharing
         self._like = like
         grouped = block.groups > 1
         inputs, outputs = (
@@ -168,6 +166,7 @@ class Factors:
         decay: float,
         weights: Float[Tensor, "examples"] | None,
         denominator: float,
+        signs: Float[Tensor, "m examples"] | None = None,
     ) -> None:
         """Counts a micro-batch, and adds its inputs; its signals follow, pass by pass.
 
@@ -176,6 +175,7 @@ class Factors:
             decay: what remains of the old sums.
             weights: a factor of each example; 1 if None.
             denominator: what the micro-batch weighs.
+            signs: if sums of inputs over examples are to stand for these (`metrics.layers.in_sets`).
         """
         if isinstance(layer, Layer) and self.sharing == "scores":
             sums = self.sums()
@@ -185,7 +185,7 @@ class Factors:
         elif isinstance(layer, Layer):
             sums = self.sums()
             reduce = self.sharing == "reduce"
-            rows = layer.add_inputs(sums.A, decay, weights, reduce, self.diagonal[0], self._rows)
+            rows = layer.add_inputs(sums.A, decay, weights, reduce, self.diagonal[0], signs)
             sums.A_weight.add(rows, decay)
             sums.G_weight.add(denominator, decay)
             sums.G.mul_(decay)
@@ -197,17 +197,23 @@ class Factors:
             sums.A_weight.add(denominator, decay)
             sums.A.mul_(decay)
 
-    def moments(self, layer: Layer | ElementColumns, sums: Float[Tensor, "g m o i"] | None = None) -> Moments:
+    def moments(
+        self,
+        layer: Layer | ElementColumns,
+        sums: Float[Tensor, "g m o i"] | None = None,
+        signs: Float[Tensor, "m n"] | None = None,
+    ) -> Moments:
         """What some passes brought.
 
         Args:
             layer: what the block did in them.
             sums: signed sums of its scores, if these are to stand for them.
+            signs: if sums of signals over examples are to, where factors are not of scores.
         """
         if not isinstance(layer, Layer):
             return Moments(layer.gram_of_signals(self.diagonal[0]))
         if self.sharing != "scores":
-            return Moments(layer.gram_of_signals(self.sharing == "reduce", self.diagonal[1]))
+            return Moments(layer.gram_of_signals(self.sharing == "reduce", self.diagonal[1], signs))
         inner, outer = partial_traces(layer, sums, self.diagonal)
         return Moments(outer, inner) if self.block.groups > 1 else Moments(outer[0], inner[0])
 

@@ -42,9 +42,10 @@ class KFAC(Metric):
         decay: ε of the running averages (Martens & Grosse 2015, §5).
         factors: observe the factors every so many steps; adapted to how fast they move if None.
         inverses: invert them every so many steps; adapted likewise if None.
-        examples: at most so many examples of a batch enter the factors, evenly spaced, and about eight times as many
-            positions A, of 32 examples at least; None for all. Their average over steps is fed often enough, and the
-            products behind them are most of an observation's cost.
+        examples: at most so many examples of a batch enter the factors, evenly spaced, and where positions share a
+            weight about so many rows: sums over at least eight sets of examples, position by position, with random
+            signs, have the same second moments on average. None for all. Their average over steps is fed often enough,
+            and the products behind them are most of an observation's cost.
         sharing: what is done with positions that share a weight (tokens, a convolution's patches, several uses):
             "expand" takes each as an example of its own, "reduce" the mean of the inputs and the sum of the signals
             (Eschenhagen et al. 2023; see `metrics.factors`), "scores" the scores of whole examples, whose partial

@@ -67,7 +67,7 @@ class Layer:
         weights: Float[Tensor, "n"] | None = None,
         reduce: bool = False,
         diagonal: bool = False,
-        most: int | None = None,
+        signs: Float[Tensor, "m n"] | None = None,
     ) -> float:
         """Total ← decay · total + Σ ã ãᵀ over examples and positions; or over examples, of the mean position.
 
@@ -77,45 +77,62 @@ class Layer:
             weights: a factor of each example; 1 if None.
             reduce: whether positions are averaged first.
             diagonal: whether the diagonal alone is wanted.
-            most: examples are left out, evenly spaced, where there are more rows, but `ENOUGH` stay; None for all.
+            signs: of `in_sets`, if such sums of examples are to stand for these, position by position.
 
         Returns:
-            How many rows were added, each counted by its weight.
+            How many rows the sum is over, each counted by its weight.
         """
-        roots = None if weights is None or len(weights) != self.examples else weights.sqrt()
-        if most is not None:
-            stride = _apart(self.examples, self.positions, most)
-            uses = [dataclasses.replace(use, reading=use.reading.every(stride)) for use in self.uses]
-            roots = None if roots is None else roots[::stride]
-        else:
-            uses = list(self.uses)
-        count = float(len(uses[0].reading) if roots is None else roots.square().sum())
+        count, mix = float(self.examples), signs
+        ones = columns_of(self.uses[0])[0].new_ones(self.examples)  # the homogeneous coordinate
+        if weights is not None and len(weights) == self.examples:
+            count, ones = float(weights.sum()), weights.sqrt()
+            mix = ones if signs is None else signs * ones
+        if signs is not None and mix is not None:
+            ones = mix.sum(1)
         if reduce and self.positions > 1:
-            mean = torch.stack([_summed(use) for use in uses]).sum(0) / self.positions
-            biased = sum(use.reading.positions for use in uses if use.biased) / self.positions
-            _add_inputs(
-                total, Positions(mean.flatten(1)[:, None], self.block.groups), biased, decay, roots, diagonal
-            )
+            mean = torch.stack([_summed(use) for use in self.uses]).sum(0).flatten(1) / self.positions
+            biased = sum(use.reading.positions for use in self.uses if use.biased) / self.positions
+            whole = Positions(_mixed(mix, mean)[:, None], self.block.groups)
+            _add_inputs(total, whole, ones * biased, decay, diagonal)
             return count
-        for use in uses:
-            _add_inputs(total, use.reading, float(use.biased), decay, roots, diagonal)
+        for use in self.uses:
+            reading = _changed(use.reading, lambda x: _mixed(mix, x))
+            _add_inputs(total, reading, ones * float(use.biased), decay, diagonal)
             decay = 1.0
         return count * self.positions
 
-    def gram_of_signals(self, reduce: bool = False, diagonal: bool = False) -> Float[Tensor, "..."]:
+    def gram_of_signals(
+        self, reduce: bool = False, diagonal: bool = False, signs: Float[Tensor, "m n"] | None = None
+    ) -> Float[Tensor, "..."]:
         """Σ g gᵀ [*groups, o, o] over passes, examples and positions; or over passes and examples, of the sum over
-        positions. If diagonal, the diagonal alone [o], of an ungrouped block.
+        positions.
+
+        Args:
+            reduce: whether positions are summed first.
+            diagonal: whether the diagonal alone is wanted [o], of an ungrouped block.
+            signs: as in `add_inputs`.
         """
         block, first = self.block, columns_of(self.uses[0])[0]
         total = first.new_zeros(block.groups, *(block.outputs,) * (1 if diagonal else 2))
         if reduce and self.positions > 1:
             for parts in zip(*map(columns_of, self.uses), strict=True):
                 together = torch.stack([g.sum(-1) for g in parts]).sum(0)
-                _add_signals(total, together[..., None])
+                _add_signals(total, _mixed(signs, together)[..., None])
         else:
             for column in (column for use in self.uses for column in columns_of(use)):
-                _add_signals(total, column)
+                _add_signals(total, _mixed(signs, column))
         return total if block.groups > 1 else total[0]
+
+
+def in_sets(signs: Float[Tensor, "n"], count: int) -> Float[Tensor, "m n"]:
+    """What sums neighbouring examples with their signs, in at most `count` sets of equal size but for the last.
+
+    With fair random signs the sums yₘ of rows xₙ have E[Σₘ y yᵀ] = Σₙ x xᵀ.
+    """
+    size, place = -(-len(signs) // count), torch.arange(len(signs), device=signs.device)
+    sums = signs.new_zeros(-(-len(signs) // size), len(signs))
+    sums[place // size, place] = signs
+    return sums
 
 
 def layers_of(
@@ -183,6 +200,19 @@ def _as_one_example(call: LayerColumns, dtype: torch.dtype) -> Use:
     )
 
 
+def _mixed(mix: Float[Tensor, "m n"] | Float[Tensor, "n"] | None, x: Float[Tensor, "n ..."]) -> Tensor:
+    """Sums of examples with the weights of each row, or each example with its weight."""
+    if mix is None:
+        return x
+    if mix.ndim == 1:
+        return x * mix.view(-1, *[1] * (x.ndim - 1))
+    # Signals may lie in memory position by position.
+    order = sorted(range(1, x.ndim), key=x.stride, reverse=True)
+    flat = x.permute(0, *order)
+    mixed = (mix @ flat.flatten(1)).unflatten(1, flat.shape[1:])
+    return mixed.permute(0, *[1 + order.index(k) for k in range(1, x.ndim)])
+
+
 def _changed(reading: Reading, change: Callable[[Tensor], Tensor]) -> Reading:
     if isinstance(reading, Patches):
         return dataclasses.replace(reading, images=change(reading.images))
@@ -200,59 +230,43 @@ def _summed(use: Use) -> Float[Tensor, "n g f"]:
 
 
 def _add_inputs(
-    total: Tensor,
-    reading: Reading,
-    biased: float,
-    decay: float,
-    roots: Float[Tensor, "n"] | None,
-    diagonal: bool,
+    total: Tensor, reading: Reading, ones: Float[Tensor, "n"], decay: float, diagonal: bool
 ) -> None:
-    """Total ← decay · total + Σₙₛ wₙ ã ãᵀ, given √w; the homogeneous coordinate is the last row and column."""
-    if diagonal:
-        _add_input_squares(total, reading, biased, decay, roots)
-        return
+    """Total ← decay · total + Σₙₛ ã ãᵀ; the homogeneous coordinate, the same at all positions of an example, is the
+    last row and column.
+    """
     features, size = reading.features, total.shape[-1]
+    if diagonal:
+        _add_input_squares(total, reading, ones, decay)
+        return
     blocks = total.view(-1, size, size)
     inner = blocks[:, :features, :features]
-    weighted = roots is not None
-    if roots is None:
-        roots = total.new_ones(len(reading))
-    else:
-        reading = _changed(reading, lambda x: x * roots.view(-1, *[1] * (x.ndim - 1)))
     if isinstance(reading, Patches):
         add_patch_moments(inner, reading, decay)
-        sums = sum_of_patches(reading, roots) if size > features else None
+        sums = sum_of_patches(reading, ones) if size > features else None
     else:
         rows = reading.vectors(slice(None)).permute(1, 0, 3, 2)  # [groups, n, s, f]
-        flat = [x.reshape(-1, features) for x in rows]
-        for own, x in zip(inner, flat, strict=True):
-            accumulate_gram(own, x, decay, 1.0)
-        if size == features:
-            sums = None
-        elif weighted:
-            sums = torch.einsum("n,gnsf->gf", roots, rows)
-        else:
-            sums = torch.stack([x.sum(0) for x in flat])
+        for own, x in zip(inner, rows, strict=True):
+            accumulate_gram(own, x.reshape(-1, features), decay, 1.0)
+        sums = torch.einsum("n,gnsf->gf", ones, rows) if size > features else None
     if sums is not None:
-        edge = blocks[:, :features, features].mul_(decay).add_(sums, alpha=biased)
+        edge = blocks[:, :features, features].mul_(decay).add_(sums)
         blocks[:, features, :features] = edge
-        corner = roots.square().sum() * (reading.positions * biased**2)
+        corner = ones.square().sum() * reading.positions
         blocks[:, features, features] = decay * blocks[:, features, features] + corner
 
 
 def _add_input_squares(
-    total: Float[Tensor, "i"], reading: Reading, biased: float, decay: float, roots: Float[Tensor, "n"] | None
+    total: Float[Tensor, "i"], reading: Reading, ones: Float[Tensor, "n"], decay: float
 ) -> None:
     """The same of the diagonal, for one group."""
     total.mul_(decay)
     step = max(1, CACHED // (reading.features * reading.positions))
     for start in range(0, len(reading), step):
         part = slice(start, start + step)
-        squares = reading.vectors(part)[:, 0].square().sum(-1)
-        weights = squares.new_ones(len(squares)) if roots is None else roots[part].square()
-        total[: reading.features] += weights @ squares
-        if len(total) > reading.features:
-            total[-1] += weights.sum() * (reading.positions * biased**2)
+        total[: reading.features] += reading.vectors(part)[:, 0].square().sum((0, -1))
+    if len(total) > reading.features:
+        total[-1] += ones.square().sum() * reading.positions
 
 
 def _add_signals(total: Float[Tensor, "g ..."], signals: Float[Tensor, "n g o s"]) -> None:
