@@ -39,9 +39,8 @@ from natgrad.tape.records import Block
 KEPT_BYTES = 2**28
 # Eigenvectors suffer from the noise of sums more than a damped inverse does: of A and G more rows, and more sets.
 POSITIONS, SETS = 8, 32
-# Tempered, a period is at most a 16th of the average's age: each step is looked at until step 32. Bases made of a few
-# sums are renewed more often, too, while they are young.
-TEMPERED_YOUTH, TEMPERED_TURNS = 16, 8
+# Tempered, a period is at most a 16th of the average's age: each step is looked at until step 32.
+TEMPERED_YOUTH = 16
 # Tempered, at most so many positions for each of `examples` are looked at, for S too: steps are small and many, so that
 # looks add up.
 TEMPERED_POSITIONS = 4
@@ -152,7 +151,7 @@ class _EKFACEstimate(FactorEstimate):
         # and so does missing some of the first: see docs/architecture.md.
         if metric.tempered:
             self._observing = Refresh(metric.factors, longest=10, youth=TEMPERED_YOUTH)
-            self._turning = Refresh(metric.refresh, longest=20, youth=TEMPERED_TURNS)
+            self._turning = Refresh(metric.refresh, longest=20)
         else:
             self._observing, self._turning = Refresh(metric.factors), Refresh(metric.refresh, longest=20)
         self._kept: list[_Kept] = []
