@@ -76,6 +76,18 @@ def test_positions_are_counted_and_shared_weights_add_up() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_vocabulary_s_side_is_a_diagonal() -> None:
+    """As K-FAC keeps it: not 9,000² numbers, nor 9,000³ operations."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 9000))
+    inspection = inspect_module(model, torch.zeros(2, 3))
+    head = {row.name: row for row in inspection.rows}["2.weight"]
+    assert head.factors == "5² and a diagonal of 9000"
+    assert head.memory == 2 * (25 + 9000) * 4
+    assert head.layer is not None
+    assert inverse_flops(head.layer) == 125 + 9000
+    assert precondition_flops(head.layer) == 2 * 5 * 9000 * (5 + 1)
+
+
 def test_what_has_no_rule_is_listed_with_the_function_that_used_it() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

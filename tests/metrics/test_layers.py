@@ -141,10 +141,10 @@ def test_sums_of_examples_stand_for_them_on_average(
     for count, sums in ((1, 1), (2, 2), (n, n)):
         inputs, signals = torch.zeros_like(expected), torch.zeros(1)
         for pattern in patterns:
-            signs = layers.in_sets(pattern, count)
-            assert signs.shape == (sums, n)
-            assert one.add_inputs(inputs, 1.0, weights, reduce, diagonal, signs) == pytest.approx(rows)
-            signals = signals + one.gram_of_signals(reduce, diagonal, signs)
+            sets = layers.SignedSets.of(pattern, count)
+            assert len(sets.sums(pattern)) == sums
+            assert one.add_inputs(inputs, 1.0, weights, reduce, diagonal, sets) == pytest.approx(rows)
+            signals = signals + one.gram_of_signals(reduce, diagonal, sets)
         torch.testing.assert_close(inputs / len(patterns), expected)
         torch.testing.assert_close(signals / len(patterns), one.gram_of_signals(reduce, diagonal))
 

@@ -330,6 +330,28 @@ def test_what_no_rule_covers_is_announced_once_and_listed() -> None:
     assert rows["last.weight"].rule == "linear"
 
 
+@pytest.mark.parametrize(
+    ("metric", "told", "diagonal"),
+    [
+        ("kfac", "3² + 5²", (False, False)),
+        (natgrad.KFAC(largest=4), "3² + 5", (False, True)),
+        (natgrad.EKFAC(sides="outputs"), "3 + 5²", (True, False)),
+        ("tempered", "3² + 5²", (False, False)),
+        ("diagonal", "", (False, False)),
+        ("gram", "", (False, False)),
+    ],
+    ids=str,
+)
+def test_coverage_tells_which_factors_there_are(metric: Any, told: str, diagonal: tuple) -> None:
+    model, loss = net(), nn.CrossEntropyLoss()
+    run = Run(model, loss, natgrad.NaturalGradient(model, loss, metric=metric))
+    run.train(batches(1))
+    row = next(row for row in run.optimizer.coverage() if row.name == "0.weight")
+    assert (row.diagonal, row.rule) == (diagonal, "linear")
+    line = next(line for line in str(run.optimizer.coverage()).splitlines() if line.startswith("0.weight"))
+    assert line.partition("linear")[2].strip() == told
+
+
 @pytest.mark.filterwarnings("ignore::natgrad.CoverageWarning")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("metric", ["kfac", "diagonal"])

@@ -19,6 +19,7 @@ from natgrad.errors import ConfigError, EmptyError
 from natgrad.lab.extras import require
 from natgrad.lab.formats import number, operations, size
 from natgrad.lab.problems import REGISTRY, call_factory, load_problem
+from natgrad.metrics import KFAC
 from natgrad.metrics.factorestimate import LOOKUP
 from natgrad.tape.tape import Tape
 
@@ -51,9 +52,18 @@ class LayerShape:
         return self.inputs + self.bias
 
     @property
+    def sides(self) -> tuple[tuple[int, bool], tuple[int, bool]]:
+        """The sides of A and G, and whether K-FAC keeps the diagonal of it alone, as of a large vocabulary."""
+        columns, outputs = (
+            (n, self.groups == 1 and KFAC.largest is not None and n > KFAC.largest)
+            for n in (self.columns, self.outputs)
+        )
+        return columns, outputs
+
+    @property
     def factor_elements(self) -> int:
         """Numbers in A and G together."""
-        return self.groups * (self.columns**2 + self.outputs**2)
+        return self.groups * sum(n if alone else n**2 for n, alone in self.sides)
 
 
 @dataclass(frozen=True)
@@ -101,14 +111,14 @@ def factor_flops(layer: LayerShape, examples: int) -> float:
 
 
 def inverse_flops(layer: LayerShape) -> float:
-    """Cholesky factorisation and inverse of both factors: n³ each."""
-    return float(layer.groups * (layer.columns**3 + layer.outputs**3))
+    """Cholesky factorisation and inverse of both factors: n³ each, but for a diagonal."""
+    return float(layer.groups * sum(n if alone else n**3 for n, alone in layer.sides))
 
 
 def precondition_flops(layer: LayerShape) -> float:
     """G⁻¹ V A⁻¹ for one gradient V."""
-    o, a = layer.outputs, layer.columns
-    return 2.0 * layer.groups * (o * o * a + o * a * a)
+    entries = layer.outputs * layer.columns
+    return 2.0 * layer.groups * sum(entries * (1 if alone else n) for n, alone in layer.sides)
 
 
 def tangent_flops(layer: LayerShape, examples: float, directions: int) -> float:
@@ -229,7 +239,7 @@ def inspect_module(
             rows.append(Row(name, shape, f"none ({tape.uncovered[name]}): {REMAINDER}", "–", 0, None))
         elif name in weights:
             block, layer = shapes[name]
-            sides = f"{layer.columns}² and {layer.outputs}²"
+            sides = " and ".join(f"a diagonal of {n}" if alone else f"{n}²" for n, alone in layer.sides)
             text = sides if layer.groups == 1 else f"{layer.groups} × ({sides})"
             memory = 2 * layer.factor_elements * each  # the averages and their inverses
             rule = f"{block.rule} and {tape.elements[name]}" if name in tape.elements else block.rule

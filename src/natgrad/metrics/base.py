@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from natgrad.errors import ConfigError
 from natgrad.operators import LinearOperator, ParameterSpace
 from natgrad.tape.passes import SignalPass
+from natgrad.tape.records import Block
 from natgrad.tape.replay import Replay
 
 Kind = Literal["mc", "exact", "empirical", "rademacher"]
@@ -123,6 +124,10 @@ class Estimate(abc.ABC):
     @abc.abstractmethod
     def covers(self, name: str) -> bool:
         """Whether F̂ holds curvature for this parameter."""
+
+    def diagonal_factors(self, block: Block) -> tuple[bool, bool] | None:
+        """Which of a block's Kronecker factors, A and G, are diagonals; None where it has none, or none yet."""
+        return None
 
     @abc.abstractmethod
     def due(self, step: int) -> bool:

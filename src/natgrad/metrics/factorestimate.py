@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from natgrad.metrics.average import decay_since
 from natgrad.metrics.base import Estimate, Observation
 from natgrad.metrics.factors import Factors, Sharing, Sides
-from natgrad.metrics.layers import Layer, columns_of, in_sets, layers_of
+from natgrad.metrics.layers import Layer, SignedSets, columns_of, layers_of
 from natgrad.metrics.runningsquares import RunningSquares
 from natgrad.metrics.scores import SignedSums
 from natgrad.operators import BlockDiagonal, Diagonal, LinearOperator
@@ -92,6 +92,10 @@ class FactorEstimate(Estimate):
     def covers(self, name: str) -> bool:
         return name in self._squares or any(name in factors.block.names for factors in self._blocks.values())
 
+    def diagonal_factors(self, block: Block) -> tuple[bool, bool] | None:
+        factors = self._blocks.get(block.weight)
+        return None if factors is None else factors.diagonal
+
     @property
     def _empty(self) -> bool:
         return not self._blocks and not self._squares.totals
@@ -116,12 +120,12 @@ class FactorEstimate(Estimate):
             uses: list[Layer | ElementColumns] = [*layers, *tables]
             blocks = [self._factors(_block_of(use)) for use in uses]
             sums = [self._signed_sums(use) for use in uses]
-            signs = [self._signs(use) for use in uses]
+            sets = [self._sets_of(use) for use in uses]
             moments = []
             if factors_too:
                 moments = [
                     f.moments(use, one[0], own)
-                    for f, use, one, own in zip(blocks, uses, sums, signs, strict=True)
+                    for f, use, one, own in zip(blocks, uses, sums, sets, strict=True)
                 ]
             squares = {e.name: e.squares() for e in elements if e not in tables} if factors_too else {}
             # Before anything enters an average. A signal that is not finite shows on its Gram matrix's diagonal.
@@ -144,7 +148,7 @@ class FactorEstimate(Estimate):
                     weights = observation.weights
                     if weights is not None and isinstance(use, Layer):
                         weights = weights[:: use.stride]
-                    factors.feed(use, begun[weight][0], weights, begun[weight][1], signs[k])
+                    factors.feed(use, begun[weight][0], weights, begun[weight][1], sets[k])
                 seen.add(key)  # the inputs are the same in every pass of one batch
                 numerator = observation.numerator
                 if isinstance(use, Layer) and use.stride > 1:
@@ -161,15 +165,15 @@ class FactorEstimate(Estimate):
         for_factors, handed = self._signed.of(use, 2)
         return for_factors, handed
 
-    def _signs(self, use: Layer | ElementColumns) -> Tensor | None:
-        """Of sums over examples that stand for inputs and signals; None where these are taken as they are."""
+    def _sets_of(self, use: Layer | ElementColumns) -> SignedSets | None:
+        """Sets of examples whose sums stand for inputs and signals; None where these are taken as they are."""
         if self._rows is None or self._sharing != "expand" or not isinstance(use, Layer):
             return None
         count = max(self._sets, -(-self._rows // use.positions))
         if use.positions == 1 or count >= use.examples:
             return None
         bits = torch.randint(2, (use.examples,), generator=self._generator)
-        return in_sets((2 * bits - 1).to(columns_of(use.uses[0])[0]), count)
+        return SignedSets.of((2 * bits - 1).to(columns_of(use.uses[0])[0]), count)
 
     def _padded(self, block: Block, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """∇h of a block: zeros for its bias, or its weight, where that is frozen; empty where both are."""

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from natgrad.errors import ConfigError
 from natgrad.metrics.average import Weight, accumulate
-from natgrad.metrics.layers import Layer
+from natgrad.metrics.layers import Layer, SignedSets
 from natgrad.metrics.scores import partial_traces
 from natgrad.operators import ParameterSpace
 from natgrad.tape.elements import ElementColumns
@@ -124,7 +124,7 @@ class Factors:
             not grouped and (sides == other or (largest is not None and length > largest))
             for length, other in ((block.columns, "outputs"), (block.outputs, "inputs"))
         )
-        self.diagonal = inputs, outputs
+        self.diagonal: tuple[bool, bool] = (inputs, outputs)
         self.as_map: Sums | None = None
         self.as_table: Sums | None = None
         self.step: int | None = None  # when it was last observed
@@ -166,7 +166,7 @@ class Factors:
         decay: float,
         weights: Float[Tensor, "examples"] | None,
         denominator: float,
-        signs: Float[Tensor, "m examples"] | None = None,
+        sets: SignedSets | None = None,
     ) -> None:
         """Counts a micro-batch, and adds its inputs; its signals follow, pass by pass.
 
@@ -175,7 +175,7 @@ class Factors:
             decay: what remains of the old sums.
             weights: a factor of each example; 1 if None.
             denominator: what the micro-batch weighs.
-            signs: if sums of inputs over examples are to stand for these (`metrics.layers.in_sets`).
+            sets: if sums of inputs over sets of examples are to stand for these.
         """
         if isinstance(layer, Layer) and self.sharing == "scores":
             sums = self.sums()
@@ -185,7 +185,7 @@ class Factors:
         elif isinstance(layer, Layer):
             sums = self.sums()
             reduce = self.sharing == "reduce"
-            rows = layer.add_inputs(sums.A, decay, weights, reduce, self.diagonal[0], signs)
+            rows = layer.add_inputs(sums.A, decay, weights, reduce, self.diagonal[0], sets)
             sums.A_weight.add(rows, decay)
             sums.G_weight.add(denominator, decay)
             sums.G.mul_(decay)
@@ -201,19 +201,19 @@ class Factors:
         self,
         layer: Layer | ElementColumns,
         sums: Float[Tensor, "g m o i"] | None = None,
-        signs: Float[Tensor, "m n"] | None = None,
+        sets: SignedSets | None = None,
     ) -> Moments:
         """What some passes brought.
 
         Args:
             layer: what the block did in them.
             sums: signed sums of its scores, if these are to stand for them.
-            signs: if sums of signals over examples are to, where factors are not of scores.
+            sets: if sums of signals over sets of examples are to, where factors are not of scores.
         """
         if not isinstance(layer, Layer):
             return Moments(layer.gram_of_signals(self.diagonal[0]))
         if self.sharing != "scores":
-            return Moments(layer.gram_of_signals(self.sharing == "reduce", self.diagonal[1], signs))
+            return Moments(layer.gram_of_signals(self.sharing == "reduce", self.diagonal[1], sets))
         inner, outer = partial_traces(layer, sums, self.diagonal)
         return Moments(outer, inner) if self.block.groups > 1 else Moments(outer[0], inner[0])
 

@@ -25,6 +25,46 @@ ENOUGH = 32
 
 
 @dataclasses.dataclass(frozen=True)
+class SignedSets:
+    """Sums of neighbouring examples with their signs.
+
+    Where these are fair and random E[Σₘ y yᵀ] = Σₙ x xᵀ for the sums y of rows x.
+
+    Attributes:
+        signs: of each example, times a weight perhaps.
+        size: examples in a set; the last one may have fewer.
+    """
+
+    signs: Float[Tensor, "n"]
+    size: int
+
+    @classmethod
+    def of(cls, signs: Float[Tensor, "n"], count: int) -> SignedSets:
+        """At most `count` sets of equal size but for the last."""
+        return cls(signs, -(-len(signs) // count))
+
+    def sums(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "m ..."]:
+        """Σ ±xₙ over each set."""
+        # Signals may lie in memory position by position.
+        order = sorted(range(1, x.ndim), key=x.stride, reverse=True)
+        rows = x.permute(0, *order)
+        flat = rows.reshape(len(x), -1)
+        whole, rest = divmod(len(flat), self.size)
+        cut = whole * self.size
+        found = flat.new_empty(whole + (rest > 0), flat.shape[1])
+        # A batch of products of one row reads everything once; a matrix of signs would take many times as long.
+        torch.bmm(
+            self.signs[:cut].view(whole, 1, self.size),
+            flat[:cut].view(whole, self.size, flat.shape[1]),
+            out=found[:whole, None],
+        )
+        if rest:
+            torch.mm(self.signs[None, cut:], flat[cut:], out=found[whole:])
+        inverse = [1 + order.index(k) for k in range(1, x.ndim)]
+        return found.view(len(found), *rows.shape[1:]).permute(0, *inverse)
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """A block's uses in a micro-batch, with the signals of one pass or of several.
 
@@ -67,7 +107,7 @@ class Layer:
         weights: Float[Tensor, "n"] | None = None,
         reduce: bool = False,
         diagonal: bool = False,
-        signs: Float[Tensor, "m n"] | None = None,
+        sets: SignedSets | None = None,
     ) -> float:
         """Total ← decay · total + Σ ã ãᵀ over examples and positions; or over examples, of the mean position.
 
@@ -77,32 +117,35 @@ class Layer:
             weights: a factor of each example; 1 if None.
             reduce: whether positions are averaged first.
             diagonal: whether the diagonal alone is wanted.
-            signs: of `in_sets`, if such sums of examples are to stand for these, position by position.
+            sets: of examples, if their sums are to stand for these, position by position.
 
         Returns:
             How many rows the sum is over, each counted by its weight.
         """
-        count, mix = float(self.examples), signs
-        ones = columns_of(self.uses[0])[0].new_ones(self.examples)  # the homogeneous coordinate
+        count, first = float(self.examples), columns_of(self.uses[0])[0]
+        roots = None
         if weights is not None and len(weights) == self.examples:
-            count, ones = float(weights.sum()), weights.sqrt()
-            mix = ones if signs is None else signs * ones
-        if signs is not None and mix is not None:
-            ones = mix.sum(1)
+            count, roots = float(weights.sum()), weights.sqrt()
+
+        def summed(x: Tensor) -> Tensor:
+            weighted = x if roots is None else x * roots.view(-1, *[1] * (x.ndim - 1))
+            return weighted if sets is None else sets.sums(weighted)
+
+        ones = summed(first.new_ones(self.examples))  # the homogeneous coordinate
         if reduce and self.positions > 1:
             mean = torch.stack([_summed(use) for use in self.uses]).sum(0).flatten(1) / self.positions
             biased = sum(use.reading.positions for use in self.uses if use.biased) / self.positions
-            whole = Positions(_mixed(mix, mean)[:, None], self.block.groups)
+            whole = Positions(summed(mean)[:, None], self.block.groups)
             _add_inputs(total, whole, ones * biased, decay, diagonal)
             return count
         for use in self.uses:
-            reading = _changed(use.reading, lambda x: _mixed(mix, x))
+            reading = _changed(use.reading, summed)
             _add_inputs(total, reading, ones * float(use.biased), decay, diagonal)
             decay = 1.0
         return count * self.positions
 
     def gram_of_signals(
-        self, reduce: bool = False, diagonal: bool = False, signs: Float[Tensor, "m n"] | None = None
+        self, reduce: bool = False, diagonal: bool = False, sets: SignedSets | None = None
     ) -> Float[Tensor, "..."]:
         """Σ g gᵀ [*groups, o, o] over passes, examples and positions; or over passes and examples, of the sum over
         positions.
@@ -110,29 +153,18 @@ class Layer:
         Args:
             reduce: whether positions are summed first.
             diagonal: whether the diagonal alone is wanted [o], of an ungrouped block.
-            signs: as in `add_inputs`.
+            sets: as in `add_inputs`.
         """
         block, first = self.block, columns_of(self.uses[0])[0]
         total = first.new_zeros(block.groups, *(block.outputs,) * (1 if diagonal else 2))
         if reduce and self.positions > 1:
             for parts in zip(*map(columns_of, self.uses), strict=True):
                 together = torch.stack([g.sum(-1) for g in parts]).sum(0)
-                _add_signals(total, _mixed(signs, together)[..., None])
+                _add_signals(total, (together if sets is None else sets.sums(together))[..., None])
         else:
             for column in (column for use in self.uses for column in columns_of(use)):
-                _add_signals(total, _mixed(signs, column))
+                _add_signals(total, column if sets is None else sets.sums(column))
         return total if block.groups > 1 else total[0]
-
-
-def in_sets(signs: Float[Tensor, "n"], count: int) -> Float[Tensor, "m n"]:
-    """What sums neighbouring examples with their signs, in at most `count` sets of equal size but for the last.
-
-    With fair random signs the sums yₘ of rows xₙ have E[Σₘ y yᵀ] = Σₙ x xᵀ.
-    """
-    size, place = -(-len(signs) // count), torch.arange(len(signs), device=signs.device)
-    sums = signs.new_zeros(-(-len(signs) // size), len(signs))
-    sums[place // size, place] = signs
-    return sums
 
 
 def layers_of(
@@ -198,19 +230,6 @@ def _as_one_example(call: LayerColumns, dtype: torch.dtype) -> Use:
         tuple(g.reshape(1, -1, groups, call.block.outputs).permute(0, 2, 3, 1) for g in signals),
         call.has_bias,
     )
-
-
-def _mixed(mix: Float[Tensor, "m n"] | Float[Tensor, "n"] | None, x: Float[Tensor, "n ..."]) -> Tensor:
-    """Sums of examples with the weights of each row, or each example with its weight."""
-    if mix is None:
-        return x
-    if mix.ndim == 1:
-        return x * mix.view(-1, *[1] * (x.ndim - 1))
-    # Signals may lie in memory position by position.
-    order = sorted(range(1, x.ndim), key=x.stride, reverse=True)
-    flat = x.permute(0, *order)
-    mixed = (mix @ flat.flatten(1)).unflatten(1, flat.shape[1:])
-    return mixed.permute(0, *[1 + order.index(k) for k in range(1, x.ndim)])
 
 
 def _changed(reading: Reading, change: Callable[[Tensor], Tensor]) -> Reading:

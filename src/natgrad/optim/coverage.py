@@ -16,6 +16,7 @@ class CoverageRow:
         metric: the metric of its group.
         rule: the rule that covers it ("linear", "conv2d", …), "fallback", or "not seen" before a curvature pass.
         factors: the sides of its Kronecker factors (A, G), or None.
+        diagonal: whether A, and G, is kept as its diagonal alone.
         reason: why it takes the fallback, or an empty string.
     """
 
@@ -25,6 +26,7 @@ class CoverageRow:
     rule: str
     factors: tuple[int, int] | None = None
     reason: str = ""
+    diagonal: tuple[bool, bool] = (False, False)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class Coverage:
                 "×".join(map(str, row.shape)) or "scalar",
                 row.metric,
                 row.rule + (f" ({row.reason})" if row.reason else ""),
-                "" if row.factors is None else f"{row.factors[0]}² + {row.factors[1]}²",
+                ""
+                if row.factors is None
+                else " + ".join(
+                    f"{n}" if alone else f"{n}²" for n, alone in zip(row.factors, row.diagonal, strict=True)
+                ),
             )
             for row in self.rows
         ]

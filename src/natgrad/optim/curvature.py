@@ -275,10 +275,13 @@ class Curvature:
             _, estimate, tape = next(entry for entry in self.estimates if name in entry[1].parameters)
             block = next((b for b in tape.blocks.values() if name in b.names), None)
             label, factors, reason = type(metric).__name__, None, tape.uncovered.get(name, "")
+            diagonal = (False, False)
             if estimate.kind is None:
                 rule = "gradient"
             elif block is not None:
-                rule, factors = block.rule, (block.columns, block.outputs)
+                rule, found = block.rule, estimate.diagonal_factors(block)
+                if found is not None:
+                    factors, diagonal = (block.columns, block.outputs), found
                 if name in tape.elements:
                     rule = f"{rule} and {tape.elements[name]}"
             elif name in tape.elements and not reason:
@@ -287,7 +290,8 @@ class Curvature:
                 rule = "per-example gradients"
             else:
                 rule = "fallback" if reason else "not seen"
-            rows.append(CoverageRow(name, tuple(member.parameter.shape), label, rule, factors, reason))
+            shape = tuple(member.parameter.shape)
+            rows.append(CoverageRow(name, shape, label, rule, factors, reason, diagonal))
         return Coverage(tuple(rows))
 
     def load(self, state: Mapping[str, Any]) -> None:
