@@ -61,11 +61,65 @@ def test_every_scheduler_rules_the_step_as_by_hand(name: str) -> None:
         for batch in batches(6):
             manual.optimizer.param_groups[0]["lr"] = rate = scheduled.optimizer.param_groups[0]["lr"]
             rates.append(float(rate))
-            value = scheduled.step(batch)
+            scheduled.step(batch)
             manual.step(batch)
             assert torch.equal(parameters(scheduled.model), parameters(manual.model))
-            scheduler.step(*([value] if name == "ReduceLROnPlateau" else []))
-        assert len(set(rates)) > 1 or name == "ReduceLROnPlateau"
+            scheduler.step(*([7.0] if name == "ReduceLROnPlateau" else []))  # never better: a plateau
+        assert len(set(rates)) > 1
+
+
+@pytest.mark.parametrize("name", ["CyclicLR", "OneCycleLR"])
+@pytest.mark.parametrize("donor", ["sgd", "adamw"])
+def test_momentum_is_cycled_as_for_torch_s_optimisers(name: str, donor: str) -> None:
+    """By these schedulers' own defaults; plain gradient descent, and grafting without curvature, are torch's."""
+    models, losses = (net(), net()), (nn.CrossEntropyLoss(), nn.CrossEntropyLoss())
+    size = {"lr": 0.1, "momentum": 0.9} if donor == "sgd" else {"lr": natgrad.Grafted("adam", 0.1)}
+    ours = natgrad.NaturalGradient(models[0], losses[0], metric="euclidean", **size)
+    theirs: torch.optim.Optimizer = (
+        torch.optim.SGD(models[1].parameters(), 0.1, momentum=0.9)
+        if donor == "sgd"
+        else torch.optim.AdamW(models[1].parameters(), 0.1, weight_decay=0.0)
+    )
+    momenta = set()
+    for model, loss, optimizer in zip(models, losses, (ours, theirs)):
+        scheduler: Any = (
+            lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=2)
+            if name == "CyclicLR"
+            else lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8)
+        )
+        run = Run(model, loss, optimizer)
+        for batch in batches(6):
+            run.step(batch)
+            scheduler.step()
+            group = optimizer.param_groups[0]
+            momenta.add(group["momentum"] if donor == "sgd" else group["betas"][0])
+    assert len(momenta) > 2
+    torch.testing.assert_close(parameters(models[0]), parameters(models[1]))
+
+
+def test_a_state_from_before_groups_had_a_momentum_loads() -> None:
+    run, other = Run.of("kfac", "fixed"), Run.of("kfac", "fixed")
+    run.train(batches(2))
+    state = run.optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["momentum"]
+    other.optimizer.load_state_dict(state)
+    other.model.load_state_dict(run.model.state_dict())
+    assert torch.equal(run.train(batches(3)), other.train(batches(3)))
+
+
+def test_a_group_has_a_momentum_of_its_own() -> None:
+    models = net(), net()
+    groups = [[{"params": m[0].parameters(), "momentum": 0.5}, {"params": m[3].parameters()}] for m in models]
+    loss = nn.CrossEntropyLoss()
+    ours = natgrad.NaturalGradient(models[0], loss, groups[0], metric="euclidean", lr=0.1, momentum=0.9)
+    theirs = torch.optim.SGD(groups[1], 0.1, momentum=0.9)
+    for model, own, optimizer in zip(models, (loss, nn.CrossEntropyLoss()), (ours, theirs)):
+        Run(model, own, optimizer).train(batches(5))
+    torch.testing.assert_close(parameters(models[0]), parameters(models[1]))
+    groups[0][0] |= {"params": list(models[0][0].parameters()), "momentum": 1.5}
+    with pytest.raises(natgrad.ConfigError, match="momentum=1.5 of group 0"):
+        natgrad.NaturalGradient(models[0], loss, groups[0][:1], metric="euclidean", lr=0.1)
 
 
 # ---- averaged models -----------------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ def donor_step(
 
     Args:
         gradient: ∇h by name.
-        size: the coefficients.
-        at: where the averages are kept.
+        size: ε.
+        at: where the averages are kept, and the groups' β₁ and β₂.
     """
     averaged, step = {}, {}
-    first, second = size.betas
     for name, g in gradient.items():
-        state = at(name)[2]
+        group, _, state = at(name)
+        first, second = group["betas"]
         if "second" not in state:
             state["first"], state["second"], state["count"] = torch.zeros_like(g), torch.zeros_like(g), 0
         state["count"] += 1

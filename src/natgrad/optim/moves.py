@@ -11,13 +11,16 @@ from torch import Tensor, nn
 At = Callable[[str], tuple[dict[str, Any], nn.Parameter, dict[str, Any]]]
 
 
-def velocity_of(direction: Mapping[str, Tensor], momentum: float, at: At) -> dict[str, Tensor]:
-    """v ← μv + Δ, kept in the state; Δ itself where μ = 0."""
-    if not momentum:
-        return dict(direction)
+def velocity_of(direction: Mapping[str, Tensor], at: At) -> dict[str, Tensor]:
+    """v ← μv + Δ with the group's μ, kept in the state; Δ itself where μ = 0."""
     velocity: dict[str, Tensor] = {}
     for name, delta in direction.items():
-        state = at(name)[2]
+        group, _, state = at(name)
+        momentum = group["momentum"]
+        if not momentum:
+            state.pop("velocity", None)
+            velocity[name] = delta
+            continue
         if "velocity" not in state:
             state["velocity"] = delta.clone()
         else:

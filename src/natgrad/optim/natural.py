@@ -42,7 +42,8 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         model: the model that is trained; its forward pass is watched by a hook.
         likelihood: the torch.nn loss (or a natgrad likelihood) that is trained. A loss's calls are watched by a hook.
         params: parameters or groups of them; all trainable ones by default. A group may have its own ``lr`` (a factor
-            of α where steps are adaptive), ``weight_decay``, ``metric`` and ``frozen``.
+            of α where steps are adaptive), ``weight_decay``, ``metric`` and ``frozen``, and ``momentum`` where lr is
+            a number.
         metric: the representation of F: ``"kfac"``, ``"diagonal"``, ``"dense"``, ``"euclidean"``, or an object such
             as ``natgrad.KFAC(kind="exact")``. ``"tempered"`` for classifiers and language models on mini-batches.
         lr: a fixed α, None to adapt it, `natgrad.Grafted("adam", lr)` for steps as long as Adam's, or
@@ -150,8 +151,9 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
             scale = size.scale(fastest, length)
         if scale != 1.0:
             direction = {n: d if self._curvature.euclidean(n) else d * scale for n, d in direction.items()}
-        velocity = velocity_of(direction, size.momentum, self._at)
-        record: dict[str, Any] = {"alpha": scale * self.param_groups[0]["lr"], "momentum": size.momentum}
+        velocity = velocity_of(direction, self._at)
+        first = self.param_groups[0]
+        record: dict[str, Any] = {"alpha": scale * first["lr"], "momentum": first["momentum"]}
         due = self.damping_rule.due(self._step + 1)
         if due:
             update = {name: v * self._at(name)[0]["lr"] for name, v in velocity.items()}
@@ -170,7 +172,8 @@ class NaturalGradient(LeastSquaresSteps, TrustRegionSteps):
         require_finite_direction(norm_of(step))
         with self._timed("apply"):
             go(step, self._at)
-        return {"alpha": self.param_groups[0]["lr"], "momentum": size.betas[0]}
+        first = self.param_groups[0]
+        return {"alpha": first["lr"], "momentum": first["betas"][0]}
 
     def _adaptive(
         self, size: AdaptiveStep, loss: float | None, gradient: Vector, slope: Vector, direction: Vector

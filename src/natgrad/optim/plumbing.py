@@ -155,13 +155,13 @@ class Plumbing(torch.optim.Optimizer):
             raise ConfigError("Grafted leaves no step to measure: give a number as damping beside it")
         if isinstance(self.step_size, TrustRegion):
             self._check_trust_region(fallback)
-        small_steps = False
-        default_lr = 1.0
-        if isinstance(self.step_size, (FixedStep, Grafted)):
-            small_steps, default_lr = True, self.step_size.lr
+        small_steps = isinstance(self.step_size, (FixedStep, Grafted))
         self._built = False
         self._away = False
-        super().__init__(self._members.groups, {"lr": default_lr})
+        super().__init__(self._members.groups, _defaults(self.step_size))
+        for index, group in enumerate(self.param_groups):
+            if not 0 <= group.get("momentum", 0.0) < 1:
+                raise ConfigError(f"momentum={group['momentum']} of group {index} must lie in [0, 1)")
         self._built = True
         self._curvature = Curvature(self._members, self.likelihood, seed, fallback, small_steps, relative)
         self._watcher = Watcher(
@@ -261,6 +261,9 @@ class Plumbing(torch.optim.Optimizer):
         """Builds the copy, or takes over what torch read of a state dict."""
         if "recipe" not in state:
             super().__setstate__(state)
+            for group in self.param_groups:  # saved before a group held it
+                for key, value in _defaults(self.step_size).items():
+                    group.setdefault(key, value)
             return
         self.__init__(params=state["groups"], **state["recipe"])  # type: ignore[misc]
         self.load_state_dict(state["state"])
@@ -351,3 +354,12 @@ class Plumbing(torch.optim.Optimizer):
         start = time.perf_counter()
         yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _defaults(size: StepSize | ResidualStep | None) -> dict[str, Any]:
+    """What each group holds, so that schedulers may change it: they cycle a momentum, or β₁, where there is one."""
+    if isinstance(size, FixedStep):
+        return {"lr": size.lr, "momentum": size.momentum}
+    if isinstance(size, Grafted):
+        return {"lr": size.lr, "betas": size.betas}
+    return {"lr": 1.0}
