@@ -91,6 +91,17 @@ class Norms(nn.Module):
         return x.flatten(1)
 
 
+class Trained(nn.Module):
+    """A batch normalisation that learns: what it shifts and scales is an example's own, if of all examples' making."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm.train()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.norm(x)).flatten(1)
+
+
 def real(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=DTYPE)
 
@@ -134,6 +145,8 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "class token": lambda: (ClassToken(), real(N, T, D)),
     "relative": lambda: (Relative(), real(N, T, D)),
     "norms": lambda: (Norms(False), real(N, T, D)),
+    "batch norm in training": lambda: (Trained(nn.BatchNorm1d(D)), real(N, D)),
+    "batch norm of images": lambda: (Trained(nn.BatchNorm2d(T)), real(N, T, D, 2)),
 }
 
 

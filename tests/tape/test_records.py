@@ -322,6 +322,8 @@ CONV1D = {
     "dilation": {"dilation": 2, "padding": 1},
     "groups": {"groups": 2},
     "circular": {"padding": 1, "padding_mode": "circular"},
+    "reflect": {"padding": 2, "padding_mode": "reflect", "dilation": 2},
+    "replicate": {"padding": 1, "padding_mode": "replicate", "stride": 2},
     "bias-free": {"bias": False},
 }
 CONV2D = {
@@ -337,6 +339,7 @@ CONV2D = {
     "replicate-same": {"padding": "same", "padding_mode": "replicate"},
     "bias-free": {"bias": False},
     "one-by-one": {"kernel_size": 1},
+    "lists": {"stride": [2, 1], "padding": [1, 0], "dilation": [1, 2]},
 }
 
 
@@ -345,6 +348,10 @@ CONV3D = {
     "all": {"stride": (2, 1, 1), "padding": (1, 0, 2), "dilation": (1, 2, 1), "groups": 2},
     "same": {"padding": "same", "kernel_size": (2, 3, 1)},
     "circular": {"padding": 1, "padding_mode": "circular", "bias": False},
+    "valid": {"padding": "valid"},
+    "depthwise": {"groups": 4},
+    "reflect": {"padding": (1, 2, 0), "padding_mode": "reflect"},
+    "replicate-same": {"padding": "same", "padding_mode": "replicate"},
 }
 TRANSPOSED1D = {
     "plain": {},
@@ -358,6 +365,7 @@ TRANSPOSED2D = {
     "plain": {},
     "all": {"stride": (2, 1), "padding": (0, 2), "output_padding": (1, 0), "dilation": (1, 2), "groups": 2},
     "depthwise": {"groups": 4, "stride": 2},
+    "bias-free": {"bias": False, "padding": 1},
 }
 TRANSPOSED3D = {
     "plain": {},
@@ -368,12 +376,24 @@ TRANSPOSED3D = {
         "groups": 2,
         "bias": False,
     },
+    "dilation": {"dilation": (1, 3, 2), "padding": 1},
 }
 
 
 def conv(kind: type[nn.Module], options: dict) -> Callable[[], nn.Module]:
     size = {"1d": 3, "2d": (3, 2), "3d": (2, 1, 3)}[kind.__name__[-2:]]
     return lambda: kind(4, 8, **({"kernel_size": size} | options))
+
+
+class Sized(nn.Module):
+    """A transposed convolution that is told how large its result is to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x, output_size=(8, 5))
 
 
 class SlimConvolution(nn.Module):
@@ -550,6 +570,7 @@ CASES |= {
 }
 CASES |= {f"contraction-{name}": Case(*own) for name, own in CONTRACTIONS.items()}
 CASES["unbatched-conv3d"] = Case(lambda: nn.Conv3d(2, 3, 2), (2, 3, 3, 3))
+CASES["transposed-to-a-size"] = Case(Sized, (3, 2, 4, 3))
 CASES["unbatched-transposed"] = Case(lambda: nn.ConvTranspose2d(2, 3, 2, stride=2), (2, 3, 3))
 UNBATCHED = {
     "in-place-unbatched",

@@ -52,7 +52,11 @@ def _addmm(
     return Use(mat2, input, mat1, LinearGeometry("addmm"), transposed=True)
 
 
-def _tuple(value: int | tuple[int, ...] | list[int], length: int) -> tuple[int, ...]:
+# What torch takes for each spatial dimension: one number for all, or a sequence.
+Sizes = int | tuple[int, ...] | list[int]
+
+
+def _tuple(value: Sizes, length: int) -> tuple[int, ...]:
     return (value,) * length if isinstance(value, int) else tuple(value) * (length // len(value))
 
 
@@ -61,9 +65,9 @@ def _convolution(spatial: int) -> Callable[..., Use]:
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] | str = 0,
-        dilation: int | tuple[int, ...] = 1,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
         groups: int = 1,
     ) -> Use:
         kernel = tuple(weight.shape[2:])
@@ -89,11 +93,11 @@ def _transposed_convolution(spatial: int) -> Callable[..., Use]:
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] = 0,
-        output_padding: int | tuple[int, ...] = 0,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        output_padding: Sizes = 0,
         groups: int = 1,
-        dilation: int | tuple[int, ...] = 1,
+        dilation: Sizes = 1,
     ) -> Use:
         kernel, dilated = tuple(weight.shape[2:]), _tuple(dilation, spatial)
         sides = zip(kernel, dilated, _tuple(padding, spatial), _tuple(output_padding, spatial), strict=True)
