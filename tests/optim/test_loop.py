@@ -304,3 +304,38 @@ def test_the_present_gradient_counts_once_or_twice_in_the_average(nesterov: bool
         m = g if m is None else keep * m + (1 - keep) * g
         slope = keep * m + (1 - keep) * g if nesterov else m
         torch.testing.assert_close(parameters(run.model) - before, -run.optimizer.info.alpha * slope)
+
+
+class Told(nn.Module):
+    """A model that is told things beside its batch: a number, a word, a flag, a list, and a tensor by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(
+        self, x: Tensor, scale: float, how: str, *, flag: bool, sizes: list[int], shift: Tensor
+    ) -> Tensor:
+        assert how == "so"
+        assert flag
+        assert sizes == [40, 2]
+        return self.net(scale * x + shift)
+
+
+class ToldRun(Run):
+    def value(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        shift = torch.full_like(x, 0.5)
+        return self.loss(self.model(x, 2.0, "so", flag=True, sizes=[40, 2], shift=shift), target=y)
+
+
+@for_every
+def test_a_model_may_be_told_more_than_its_batch(metric: str, mode: str) -> None:
+    """Keywords, numbers and words: the steps are those of the same model that is given one tensor."""
+    plain = Run.of(metric, mode)
+    told = ToldRun.of(metric, mode, Told())
+    assert isinstance(told, ToldRun)
+    for x, y in batches(6):
+        plain.step((2.0 * x + 0.5, y))
+        told.step((x, y))
+    torch.testing.assert_close(parameters(told.model), parameters(plain.model))
