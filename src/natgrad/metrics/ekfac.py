@@ -143,7 +143,7 @@ class _EKFACEstimate(FactorEstimate):
             positions=POSITIONS,
             sets=SETS,
             thin=TEMPERED_POSITIONS if metric.tempered else None,
-            scores=TEMPERED_SUMS if metric.tempered and metric.examples is not None else None,
+            scores=TEMPERED_SUMS if metric.tempered else None,
         )
         self.kind, self._power = metric.kind, metric.power
         self._eigen: dict[str, _Eigen] = {}
@@ -151,9 +151,9 @@ class _EKFACEstimate(FactorEstimate):
         # and so does missing some of the first: see docs/architecture.md.
         if metric.tempered:
             self._observing = Refresh(metric.factors, longest=10, youth=TEMPERED_YOUTH)
-            self._turning = Refresh(metric.refresh, longest=20)
         else:
-            self._observing, self._turning = Refresh(metric.factors), Refresh(metric.refresh, longest=20)
+            self._observing = Refresh(metric.factors)
+        self._turning = Refresh(metric.refresh, longest=20)
         self._kept: list[_Kept] = []
         self._bytes = 0
         self._second = False

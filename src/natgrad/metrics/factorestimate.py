@@ -62,6 +62,7 @@ class FactorEstimate(Estimate):
         sets: of at least so many sets of examples.
         thin: at most so many positions for each of `examples` are looked at; None for all.
         scores: where factors are made of scores, so many sums of them with random signs stand for these; None for all.
+            Of these four none applies where all examples are taken.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class FactorEstimate(Estimate):
         self._most = None if examples is None or thin is None else thin * examples
         self._generator = torch.Generator()
         self._signed = None
-        if sharing == "scores" and scores is not None:
+        if sharing == "scores" and examples is not None and scores is not None:
             self._signed = SignedSums(scores, self._generator)
         self._blocks: dict[str, Factors] = {}
         self._squares = RunningSquares(self.parameters, decay)
