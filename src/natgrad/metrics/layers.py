@@ -31,7 +31,7 @@ class SignedSets:
     Where these are fair and random E[Σₘ y yᵀ] = Σₙ x xᵀ for the sums y of rows x.
 
     Attributes:
-        signs: of each example, times a weight perhaps.
+        signs: 1 or −1 for each example.
         size: examples in a set; the last one may have fewer.
     """
 
